@@ -1,0 +1,391 @@
+"""Local ranks: start them, watch them, show the one that failed first, and leave nothing behind.
+
+The parent runs :func:`run_local` and imports no torch; each child wraps its program in :func:`run_rank`, which writes
+what went wrong to a file that the parent left open for it. Every file between the two is already unlinked, so
+nothing stays on the disk even when the parent is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from launch.env import detect
+from parallel.errors import ConfigError, RankError, Refusal
+
+__all__ = ["report_failure", "run_local", "run_rank"]
+
+_POLL_S = 0.02
+_SHOWN_LINES = 60
+_KEPT_BYTES = 64 << 20
+_FOREIGN = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|LOCKSTEP_.*"
+    r"|OMPI_COMM_WORLD_.*|PMI_.*|MPI_LOCALRANKID|MPI_LOCALNRANKS|SLURM_PROCID|SLURM_LOCALID"
+)
+_ECHO = re.compile(
+    r"Connection (closed by peer|reset by peer|refused|was likely closed)|Broken pipe|gloo/transport/"
+    r"|remote process (has )?exited|communicator was aborted|recvValue failed|Failed to recv|sendBytes failed"
+)
+# A process that replaces itself keeps its death signal, so that any command can be tied to its parent this way.
+_TETHER = """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+if os.getppid() != int(parent):
+    os._exit(1)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+try:
+    os.execvp(command[0], command)
+except OSError as error:
+    sys.exit(f"cannot start {command[0]!r}: {error.strerror}")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What is known of a failed rank; an echo is what a rank suffers because another one failed."""
+
+    rank: int
+    code: int
+    time: float
+    summary: str
+    text: str
+    echo: bool
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A running rank: its process, and the files that its output (None: passed through) and its report go to."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    report: IO[bytes]
+    errors: IO[bytes] | None
+    output: IO[bytes] | None
+    ended_at: float = field(default=0.0)
+
+    def ended(self) -> bool:
+        if self.process.poll() is None:
+            for file in (self.errors, self.output):
+                if file is not None and os.fstat(file.fileno()).st_size > _KEPT_BYTES:
+                    os.ftruncate(file.fileno(), 0)
+            return False
+        self.ended_at = self.ended_at or time.monotonic()
+        return True
+
+    def code(self) -> int:
+        status = self.process.returncode
+        return status if status >= 0 else 128 - status
+
+    def failure(self) -> _Failure | None:
+        """What went wrong with this rank, by its own account or by its exit; None if nothing did so far."""
+        ended = self.ended()
+        if report := _parse(_tail(self.report)):
+            problems = tuple(map(str, report["problems"]))
+            what = (float(report["time"]), str(report["summary"]), str(report["text"]), bool(report["echo"]))
+            return _Failure(self.number, int(report["code"]), *what, problems)
+        if not ended or self.process.returncode == 0:
+            return None
+        text = _last_lines(_tail(self.errors))
+        last = text.splitlines()[-1] if text else ""
+        return _Failure(self.number, self.code(), self.ended_at, "", text, bool(_ECHO.search(last)))
+
+
+def run_local(
+    command: Sequence[str],
+    world: int,
+    *,
+    environ: Mapping[str, str],
+    threads_per_rank: int | None = None,
+    grace_s: float = 10.0,
+) -> int:
+    """Start ``world`` ranks of ``command`` on this machine, wait for them, and return the exit code.
+
+    Rank 0 speaks live; of the others only what explains a failure is shown. The first rank that fails ends the rest.
+    SIGINT and SIGTERM reach the ranks as one SIGTERM (a Python that is still loading dies of it at once and in
+    silence), upon which they may finish their step; a second signal, or ``grace_s`` after SIGTERM, kills them.
+
+    Args:
+        command: an argument vector; no shell ever sees it.
+        world: number of ranks.
+        environ: what the ranks inherit, apart from the variables of other starters.
+        threads_per_rank: value of ``OMP_NUM_THREADS``; by default the user's, or an equal share of the cores.
+        grace_s: seconds between SIGTERM and SIGKILL.
+
+    Returns:
+        0; or that of the rank that failed first, 128 + n if signal n killed it; or 2 if the ranks refused their
+        input; or 128 + n after signal n to the parent, 137 if ranks had to be killed then.
+
+    Raises:
+        ConfigError: a command that no system can take.
+        RankError: a rank could not be started.
+    """
+    if not command or any("\0" in word for word in command):
+        raise ConfigError("a command needs at least one word, and none may hold a NUL")
+    with contextlib.ExitStack() as stack:
+        received = stack.enter_context(_signals())
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=world + 64))
+        shared = _shared_environ(environ, world, listener.getsockname()[1], threads_per_rank)
+        ranks: list[_Rank] = []
+        stack.callback(_end, ranks, 0.0)
+        for number in range(world):
+            ranks.append(_start(number, command, shared, listener, stack))
+        listener.close()
+        return _watch(ranks, received, grace_s)
+
+
+def _shared_environ(environ: Mapping[str, str], world: int, port: int, threads: int | None) -> dict[str, str]:
+    shared = {name: value for name, value in environ.items() if not _FOREIGN.fullmatch(name)}
+    shared |= {
+        "LOCKSTEP_WORLD": str(world),
+        "LOCKSTEP_LOCAL_WORLD": str(world),
+        "LOCKSTEP_HOST": "127.0.0.1",
+        "LOCKSTEP_PORT": str(port),
+    }
+    if threads is not None:
+        shared["OMP_NUM_THREADS"] = str(threads)
+    else:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
+    # gloo would ask what the host's name means, and many a host does not know its own.
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return shared
+
+
+def _start(
+    number: int, command: Sequence[str], shared: Mapping[str, str], listener: socket.socket, stack: contextlib.ExitStack
+) -> _Rank:
+    report = _unlinked_file(stack)
+    errors, output = (None, None) if number == 0 else (_unlinked_file(stack), _unlinked_file(stack))
+    own = {
+        "LOCKSTEP_RANK": str(number),
+        "LOCKSTEP_LOCAL_RANK": str(number),
+        "LOCKSTEP_REPORT_FD": f"{report.fileno()}:{os.fstat(report.fileno()).st_ino}",
+    }
+    inherited = [report.fileno()]
+    if number == 0:
+        own["LOCKSTEP_LISTEN_FD"] = str(listener.fileno())
+        inherited.append(listener.fileno())
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()), *command],
+            stdin=None if number == 0 else subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            env={**shared, **own},
+            pass_fds=inherited,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise RankError(f"rank {number} could not be started: {error}") from error
+    return _Rank(number, process, report, errors, output)
+
+
+def _unlinked_file(stack: contextlib.ExitStack) -> IO[bytes]:
+    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
+    return file
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that arrive, in order, instead of what they usually do (outside the main thread: none)."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, lambda number, _: received.append(number))
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[_Rank], received: list[int], grace_s: float) -> int:
+    """Wait for the ranks, forward the first signal, and return the exit code of the whole."""
+    stop = 0
+    deadline = float("inf")
+    while not all([rank.ended() for rank in ranks]):
+        if stop and any(rank.ended() and rank.process.returncode != 0 for rank in ranks):
+            deadline = min(deadline, time.monotonic() + grace_s)
+        if any(_counts(rank.failure(), stop) for rank in ranks):
+            break
+        again = False
+        while received:
+            number = received.pop(0)
+            again = again or (stop == number or (stop == signal.SIGTERM and number == signal.SIGINT))
+            if not stop:
+                for rank in ranks:
+                    rank.process.send_signal(signal.SIGTERM)
+            if number == signal.SIGTERM:
+                deadline = min(deadline, time.monotonic() + grace_s)
+            stop = stop or number
+        if again or time.monotonic() > deadline:
+            stubborn = ", ".join(str(rank.number) for rank in ranks if not rank.ended())
+            why = "signalled again" if again else f"still there {grace_s:g} s after SIGTERM"
+            print(f"killed rank {stubborn}: {why}", file=sys.stderr, flush=True)
+            _end(ranks, 0.0)
+            return 128 + signal.SIGKILL
+        time.sleep(_POLL_S)
+    if failures := _settle(ranks, stop):
+        return _conclude(failures, ranks, grace_s)
+    interrupted = stop and any(rank.code() != 0 for rank in ranks)
+    return 128 + stop if interrupted else 0
+
+
+def _counts(failure: _Failure | None, stop: int) -> bool:
+    """Whether this is a failure indeed, not an effect of the signal that we forwarded."""
+    if failure is None:
+        return False
+    return not (stop and (failure.echo or failure.code in (128 + signal.SIGTERM, 128 + signal.SIGINT)))
+
+
+def _settle(ranks: list[_Rank], stop: int) -> list[_Failure]:
+    """The failures, the first real one first: its echoes may have reached us before it."""
+    since = time.monotonic()
+    while True:
+        failures = [failure for rank in ranks if (failure := rank.failure()) and _counts(failure, stop)]
+        real = any(not failure.echo for failure in failures)
+        if all([rank.ended() for rank in ranks]) or time.monotonic() - since > (0.2 if real else 2.0):
+            return sorted(failures, key=lambda failure: (failure.echo, failure.time))
+        time.sleep(_POLL_S)
+
+
+def _conclude(failures: list[_Failure], ranks: list[_Rank], grace_s: float) -> int:
+    """Show the first failure, end the other ranks, and return the exit code."""
+    first = failures[0]
+    if first.problems:
+        shown = dict.fromkeys(problem for failure in failures for problem in failure.problems)
+        print(*shown, sep="\n", file=sys.stderr, flush=True)
+    else:
+        how = f"exit code {first.code}"
+        status = ranks[first.rank].process.returncode
+        if status is not None and status < 0 and first.code == 128 - status:
+            how = f"killed by {signal.Signals(-status).name}, {how}"
+        lines = [
+            f"rank {first.rank} failed ({how})" + f": {first.summary}" * bool(first.summary),
+            *first.text.splitlines(),
+        ]
+        if spoken := _last_lines(_tail(ranks[first.rank].output), 10):
+            lines += [f"the last output of rank {first.rank}:", *spoken.splitlines()]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    _end(ranks, min(grace_s, 3.0))
+    return first.code
+
+
+def _end(ranks: list[_Rank], wait_s: float) -> None:
+    """End the ranks that still run: SIGTERM, and after ``wait_s`` SIGKILL to them and what they started."""
+    deadline = time.monotonic() + wait_s
+    if wait_s > 0:
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGTERM)
+    while not all([rank.ended() for rank in ranks]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    for rank in ranks:
+        if not rank.ended():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.wait()
+
+
+def _tail(file: IO[bytes] | None) -> str:
+    if file is None:
+        return ""
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), 1 << 18, max(0, size - (1 << 18))).decode(errors="replace")
+
+
+def _last_lines(text: str, count: int = _SHOWN_LINES) -> str:
+    return "\n".join(line[:500] for line in text.splitlines()[-count:])
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """Run a rank's program and return its exit code; a rank that fails inside a process group exits here and now.
+
+    The error goes to the parent of a local start, which shows it once; to stderr under any other starter.
+    """
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            faulthandler.enable()
+    try:
+        return main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if stop.code is not None and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException as error:  # whatever it is, the other ranks must not wait for it
+        code = report_failure(error)
+    torch = sys.modules.get("torch.distributed")
+    if code and (_report_fd() is not None or (torch is not None and torch.is_available() and torch.is_initialized())):
+        # Taking a process group down waits for ranks that are waiting for this one.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def report_failure(error: BaseException) -> int:
+    """Tell the parent of a local start, or else stderr, what went wrong; returns the exit code it deserves."""
+    problems = error.problems if isinstance(error, Refusal) else ()
+    code = 2 if problems else 1
+    text = _last_lines("".join(traceback.format_exception(error)))
+    summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:300]
+    if (fd := _report_fd()) is not None:
+        report = {"time": time.monotonic(), "code": code, "echo": _is_echo(error), "summary": summary}
+        os.write(fd, json.dumps({**report, "text": text, "problems": problems}).encode())
+        return code
+    with contextlib.suppress(Refusal):
+        place = detect(os.environ)
+        if place is not None and place.world > 1:
+            print(f"rank {place.rank} of {place.world}:", file=sys.stderr)
+            text = summary if _is_echo(error) else text
+    print("\n".join(problems) or text, file=sys.stderr, flush=True)
+    return code
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether an error says only that another rank is gone."""
+    while error is not None:
+        if isinstance(error, ConnectionError | RankError) or type(error).__name__ == "DistNetworkError":
+            return True
+        if isinstance(error, RuntimeError) and _ECHO.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _report_fd() -> int | None:
+    """The file that the parent left open for us, if the number still means that very file."""
+    fd, _, inode = os.environ.get("LOCKSTEP_REPORT_FD", "").partition(":")
+    try:
+        return int(fd) if str(os.fstat(int(fd)).st_ino) == inode else None
+    except (ValueError, OSError):
+        return None

@@ -1,0 +1,86 @@
+"""Every error that Lockstep raises on purpose.
+
+    LockstepError
+    ├── Refusal                 the input was wrong: nothing was started, nothing was written
+    │   ├── ConfigError         an option, a recipe, a layout
+    │   ├── ModelFolderError    a Hugging Face folder: absent, corrupt, incomplete
+    │   ├── DataError           a corpus, a tokenizer, a token id
+    │   ├── CheckpointError     a checkpoint that cannot be read or does not fit
+    │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
+    ├── ShardError              a tensor that does not fit its entry in the shard table
+    └── RankError               a rank that raised, died or stopped answering
+
+A ``Refusal`` carries *all* the problems that were found, not the first. Programs print them and exit with
+status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "LockstepError",
+    "ModelFolderError",
+    "RankError",
+    "Refusal",
+    "RunFolderError",
+    "ShardError",
+    "nearest",
+    "refuse",
+]
+
+
+class LockstepError(Exception):
+    """The root of the tree."""
+
+
+class Refusal(LockstepError):
+    """Input that cannot be honoured; ``problems`` lists every reason, one sentence each."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(Refusal):
+    """An option, a recipe or a layout that cannot be honoured."""
+
+
+class ModelFolderError(Refusal):
+    """A Hugging Face model folder that is absent, corrupt or incomplete."""
+
+
+class DataError(Refusal):
+    """A corpus, a tokenizer or a token id that cannot be used."""
+
+
+class CheckpointError(Refusal):
+    """A checkpoint that cannot be read, or does not belong to this model."""
+
+
+class RunFolderError(Refusal):
+    """A run folder that another run holds, or that was written by another recipe."""
+
+
+class ShardError(LockstepError):
+    """A tensor whose shape contradicts its entry in the shard table."""
+
+
+class RankError(LockstepError):
+    """A rank that raised, died or stopped answering."""
+
+
+def refuse(error: type[Refusal], problems: Iterable[str]) -> None:
+    """Raise ``error`` with all ``problems`` if there is at least one."""
+    if found := tuple(problems):
+        raise error(found)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `` (did you mean 'x'?)`` naming the known name nearest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

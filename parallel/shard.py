@@ -1,0 +1,374 @@
+"""The shard table: how each parameter is cut, said once, as data, by the layer that owns it.
+
+Initialization, loading, saving, gradient reduction, clipping, export and resharding read this table and nothing else.
+Everything follows from one primitive, :meth:`Shard.pieces`: which box of the whole tensor stands where in the piece
+that a rank holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from parallel import comm, rng
+from parallel.errors import ShardError
+from parallel.mesh import Axis, Layout, Mesh, Place
+
+__all__ = [
+    "Box",
+    "Piece",
+    "Section",
+    "Shard",
+    "Sharded",
+    "assemble",
+    "finalize_gradients",
+    "initialize",
+    "param_shards",
+    "reshard",
+]
+
+Box = tuple[slice, ...]
+"""One slice with start and stop for each dim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A run of rows of a fused dim that is cut by itself: q, k or v; gate or up.
+
+    Attributes:
+        size: rows of the whole tensor.
+        unit: rows that stay together (the size of a head).
+        repeat: with fewer units than ranks, each unit is held by several ranks.
+        name: for people and for name tables.
+    """
+
+    size: int
+    unit: int = 1
+    repeat: bool = False
+    name: str = ""
+
+    def share(self, rank: int, size: int) -> tuple[int, int, int]:
+        """First row, number of rows, and how many ranks hold the same rows."""
+        units = self.size // self.unit
+        if self.repeat and units < size:
+            return rank * units // size * self.unit, self.unit, size // units
+        rows = -(-units // size) * self.unit
+        first = min(rank * rows, self.size)
+        return first, min(rows, self.size - first), 1
+
+    def rows(self, size: int) -> int:
+        """Rows that every rank allocates, padding included."""
+        units = self.size // self.unit
+        return self.unit if self.repeat and units < size else -(-units // size) * self.unit
+
+    def divides(self, size: int) -> bool:
+        """Whether ``size`` ranks can share this section without padding."""
+        units = self.size // self.unit
+        return units % size == 0 or (self.repeat and size % units == 0)
+
+
+class Piece(NamedTuple):
+    """A box of the whole tensor, the box of the local tensor that holds it, and whether this rank holds it first."""
+
+    full: Box
+    local: Box
+    first: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """How one tensor is cut over the axes of a mesh.
+
+    Attributes:
+        shape: of the whole tensor, without repetition or padding.
+        split: for each dim the axis that cuts it, or None.
+        sections: of the first dim that is cut, where it is fused; they add up to its size.
+        pad: a dim that its axis does not divide is padded with zeros (the vocabulary); otherwise it is an error.
+        partial: axes over which the gradient of a backward pass arrives as one summand on each rank, although every
+            rank holds the same values (norm weights under sequence parallelism).
+        mean, std: of the initial values; std 0 means that all are ``mean``.
+    """
+
+    shape: tuple[int, ...]
+    split: tuple[str | None, ...] = ()
+    sections: tuple[Section, ...] = ()
+    pad: bool = False
+    partial: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 0.0
+
+    def __post_init__(self) -> None:
+        split = self.split or (None,) * len(self.shape)
+        object.__setattr__(self, "split", split)
+        if len(split) != len(self.shape):
+            raise ShardError(f"split {split} does not have one entry for each dim of {self.shape}")
+        if self.sections and sum(s.size for s in self.sections) != self.shape[self.dim]:
+            raise ShardError(f"sections {self.sections} do not add up to dim {self.dim} of {self.shape}")
+
+    @property
+    def dim(self) -> int:
+        """The first dim that is cut, or 0."""
+        return next((dim for dim, axis in enumerate(self.split) if axis is not None), 0)
+
+    def _sections(self, dim: int) -> tuple[Section, ...]:
+        return self.sections if self.sections and dim == self.dim else (Section(self.shape[dim]),)
+
+    def local_shape(self, place: Place) -> tuple[int, ...]:
+        """The shape of the piece that a rank at ``place`` holds.
+
+        Raises:
+            ShardError: an axis does not divide its dim and the shard is not padded.
+        """
+        return tuple(
+            size if axis is None else self._local_size(dim, _on(place, axis)[1])
+            for dim, (size, axis) in enumerate(zip(self.shape, self.split, strict=True))
+        )
+
+    def _local_size(self, dim: int, size: int) -> int:
+        for section in self._sections(dim):
+            if not self.pad and not section.divides(size):
+                units = section.size // section.unit
+                raise ShardError(f"{size} ranks do not divide the {units} units of dim {dim} of {self.shape}")
+        return sum(section.rows(size) for section in self._sections(dim))
+
+    def pieces(self, place: Place) -> list[Piece]:
+        """The boxes of the whole tensor that a rank at ``place`` holds, in order, without padding."""
+        pieces = [Piece((), (), all(_on(place, axis)[0] == 0 for axis in ("dp", "cp", "tp") if axis not in self.split))]
+        for dim, (size, axis) in enumerate(zip(self.shape, self.split, strict=True)):
+            if axis is None:
+                runs = [(slice(0, size), slice(0, size), True)]
+            else:
+                self._local_size(dim, _on(place, axis)[1])
+                runs = self._runs(dim, *_on(place, axis))
+            pieces = [Piece((*p.full, f), (*p.local, m), p.first and first) for p in pieces for f, m, first in runs]
+        return pieces
+
+    def _runs(self, dim: int, rank: int, size: int) -> list[tuple[slice, slice, bool]]:
+        runs: list[tuple[slice, slice, bool]] = []
+        full = local = 0
+        for section in self._sections(dim):
+            first, rows, holders = section.share(rank, size)
+            if rows:
+                runs.append((slice(full + first, full + first + rows), slice(local, local + rows), rank % holders == 0))
+            full += section.size
+            local += section.rows(size)
+        return runs
+
+    def cut(self, full: Tensor, place: Place) -> Tensor:
+        """The piece of ``full`` that a rank at ``place`` holds, a copy; padding is zero.
+
+        Raises:
+            ShardError: ``full`` has another shape.
+        """
+        if tuple(full.shape) != self.shape:
+            raise ShardError(f"expected the whole tensor {self.shape}, got {tuple(full.shape)}")
+        return assemble(self, place, lambda box: full[box], full.dtype, full.device)
+
+    def join(self, locals_: Iterable[tuple[Place, Tensor]]) -> Tensor:
+        """The whole tensor from the pieces of all ranks that hold different ones.
+
+        Raises:
+            ShardError: a piece of the wrong shape, or a part of the whole that nobody holds.
+        """
+        full, covered = None, 0
+        for place, local in locals_:
+            if tuple(local.shape) != self.local_shape(place):
+                raise ShardError(f"expected a piece {self.local_shape(place)}, got {tuple(local.shape)}")
+            full = local.new_empty(self.shape) if full is None else full
+            for piece in self.pieces(place):
+                full[piece.full] = local[piece.local].to(full.device)
+                covered += piece.first * full[piece.full].numel()
+        if full is None or covered < full.numel():
+            raise ShardError(f"the pieces cover {covered} of the values of {self.shape}")
+        return full
+
+    def held(self, place: Place, tensor: Tensor) -> list[Tensor]:
+        """The views of a local tensor that this rank holds first: over all ranks, every value exactly once."""
+        return [tensor[piece.local] for piece in self.pieces(place) if piece.first]
+
+    def repeated(self, size: int) -> bool:
+        """Whether on an axis of ``size`` some values are held by several ranks."""
+        return any(s.repeat and s.size // s.unit < size for s in self.sections)
+
+
+def _on(place: Place, axis: str) -> tuple[int, int]:
+    return place.get(axis, (0, 1))
+
+
+def assemble(
+    shard: Shard,
+    place: Place,
+    read: Callable[[Box], Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The piece of a rank, read box by box: no more than the piece is ever in memory."""
+    local = torch.zeros(shard.local_shape(place), dtype=dtype, device=device)
+    for piece in shard.pieces(place):
+        local[piece.local] = read(piece.full).to(device=device, dtype=dtype)
+    return local
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A module that says how its own parameters are cut."""
+
+    def shards(self) -> dict[str, Shard]:
+        """Parameter name (of this module alone) -> its entry."""
+        ...
+
+
+def param_shards(model: nn.Module) -> dict[str, Shard]:
+    """The shard table of a model: one entry a parameter, under the names of ``named_parameters``.
+
+    Parameters of modules that say nothing are whole on every rank.
+    """
+    table: dict[str, Shard] = {}
+    for prefix, module in model.named_modules():
+        own = module.shards() if isinstance(module, Sharded) else {}
+        for name, parameter in module.named_parameters(recurse=False):
+            entry = own.get(name) or Shard(shape=tuple(parameter.shape))
+            table[f"{prefix}.{name}" if prefix else name] = entry
+    return {name: table[name] for name, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, place: Place, seed: int) -> None:
+    """Give every parameter its initial value: a function of the seed, its name and global indices.
+
+    The same values result at every layout, bit for bit, rounded to float32 first so that they agree in every precision.
+    """
+    shards = param_shards(model)
+    for name, parameter in model.named_parameters():
+        fill(parameter, shards[name], place, rng.key(seed, "init", name))
+
+
+_BLOCK = 1 << 18  # values drawn at a time: the temporaries stay in cache
+
+
+@torch.no_grad()
+def fill(local: Tensor, shard: Shard, place: Place, draw: int) -> None:
+    """Fill a rank's piece with its initial values; padding is zero."""
+    if shard.std == 0 and not shard.pad:
+        local.fill_(shard.mean)
+        return
+    local.zero_()
+    for piece in shard.pieces(place):
+        target = local[piece.local]
+        if shard.std == 0:
+            target.fill_(shard.mean)
+            continue
+        index = _indices(shard.shape, piece.full).reshape(-1)
+        values = [rng.normal(draw, block) * shard.std + shard.mean for block in index.split(_BLOCK)]
+        target.copy_(torch.cat(values).to(torch.float32).view(target.shape))
+
+
+def _indices(shape: Sequence[int], box: Box) -> Tensor:
+    """The row-major index in a tensor of ``shape`` of each value of ``box``."""
+    index = torch.zeros((), dtype=torch.int64)
+    for size, run in zip(shape, box, strict=True):
+        index = index[..., None] * size + torch.arange(run.start, run.stop)
+    return index
+
+
+@torch.no_grad()
+def finalize_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Complete the gradients of values that several ranks hold, after a backward pass.
+
+    Sums norm weights under sequence parallelism (``partial``) and repeated key-value heads over their ranks. The
+    trainer does this by itself; call it before your own optimizer's step. Data-parallel reduction is not part of it.
+    """
+    shards = param_shards(model)
+    partial: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        for axis in shards[name].partial:
+            if mesh.axes[axis].size > 1:
+                partial.setdefault(axis, []).append(parameter.grad)
+        sum_repeated(parameter.grad, shards[name], mesh)
+    for axis, grads in partial.items():
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        comm.sum_(flat, mesh.axes[axis])
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def sum_repeated(grad: Tensor, shard: Shard, mesh: Mesh) -> None:
+    """Sum, in place, the gradient rows of units that several ranks of an axis hold."""
+    axis = mesh.axes[shard.split[shard.dim] or "tp"]
+    if axis.size == 1 or not shard.repeated(axis.size):
+        return
+    local = 0
+    for section in shard.sections:
+        rows = section.rows(axis.size)
+        units = section.size // section.unit
+        if section.repeat and units < axis.size:
+            view = grad.narrow(shard.dim, local, rows)
+            view.copy_(comm.sum_(view.contiguous(), mesh.subaxis(axis.name, axis.size // units)))
+        local += rows
+
+
+def reshard(local: Tensor, shard: Shard, old: Layout, new: Layout, world: Axis) -> Tensor:
+    """Move one parameter from its piece under ``old`` to its piece under ``new``, among the ranks of ``world``.
+
+    Each rank sends only what the others lack, and never holds more than its two pieces and the message. A layout of
+    fewer ranks than ``world`` uses the first ones. Parameters that live on one pipeline stage only are not moved across
+    stages here.
+    """
+    places = [(_place(old, rank), _place(new, rank)) for rank in range(world.size)]
+    held = [shard.pieces(source) if source else [] for source, _ in places]
+    wanted = [shard.pieces(target) if target else [] for _, target in places]
+    outgoing = [
+        _flat([local[_inside(piece, box)] for piece, _, box in _meets(held[world.rank], pieces)]) for pieces in wanted
+    ]
+    send = [0 if part is None else part.numel() for part in outgoing]
+    receive = [sum(_count(box) for _, _, box in _meets(pieces, wanted[world.rank])) for pieces in held]
+    message = _flat([part for part in outgoing if part is not None])
+    message = local.new_empty(0) if message is None else message
+    arrived = comm.all_to_all(message, world, send, receive).split(receive)
+    target = places[world.rank][1]
+    result = local.new_zeros(shard.local_shape(target) if target else (0,))
+    for rank, values in enumerate(arrived):
+        for _, piece, box in _meets(held[rank], wanted[world.rank]):
+            part, values = values[: _count(box)], values[_count(box) :]
+            result[_inside(piece, box)] = part.view([run.stop - run.start for run in box])
+    return result
+
+
+def _place(layout: Layout, rank: int) -> Place | None:
+    return layout.place(rank) if rank < layout.world else None
+
+
+def _meets(held: list[Piece], wanted: list[Piece]) -> list[tuple[Piece, Piece, Box]]:
+    """What the first holder of ``held`` has for ``wanted``: both pieces, and the box of the whole that they share."""
+    pairs = [(piece, want, _overlap(piece.full, want.full)) for piece in held if piece.first for want in wanted]
+    return [(piece, want, box) for piece, want, box in pairs if box is not None]
+
+
+def _overlap(a: Box, b: Box) -> Box | None:
+    box = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return box if all(run.start < run.stop for run in box) else None
+
+
+def _inside(piece: Piece, box: Box) -> Box:
+    """The box of the local tensor where ``box`` of the whole tensor stands."""
+    return tuple(
+        slice(m.start + b.start - f.start, m.start + b.stop - f.start)
+        for f, m, b in zip(piece.full, piece.local, box, strict=True)
+    )
+
+
+def _count(box: Box) -> int:
+    count = 1
+    for run in box:
+        count *= run.stop - run.start
+    return count
+
+
+def _flat(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else None

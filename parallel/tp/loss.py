@@ -1,0 +1,210 @@
+"""Cross-entropy over a vocabulary that is cut over the tensor-parallel axis.
+
+For logits ``x`` of one token with label ``y``, vocabulary V, smoothing ``e`` and z-loss weight ``z``::
+
+    lse  = log sum_j exp(x_j)
+    loss = lse - (1 - e) x_y - e/V sum_j x_j + z lse^2
+    d loss / d x_j = (1 + 2 z lse) softmax_j - (1 - e) [j = y] - e/V
+
+Label smoothing is torch's (arXiv 1512.00567), the z-loss PaLM's (arXiv 2204.02311, section 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel import comm
+from parallel.mesh import Axis
+from parallel.tp.method import Dense, LinearMethod
+
+__all__ = ["IGNORE", "LossSum", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"]
+
+IGNORE = -100
+"""The label of a token whose prediction does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What the loss of a block of tokens needs to know beside its logits."""
+
+    axis: Axis
+    vocabulary: int
+    smoothing: float
+    z_loss: float
+    method: LinearMethod = field(default_factory=Dense)
+
+
+def _loss_and_softmax(logits_TV: Tensor, labels_T: Tensor, terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token loss, log-sum-exp, and the softmax written over ``logits_TV`` (float, this rank's columns)."""
+    axis, columns = terms.axis, logits_TV.shape[1]
+    first = axis.rank * columns
+    valid = max(0, min(columns, terms.vocabulary - first))
+    if valid < columns:
+        logits_TV[:, valid:] = float("-inf")
+    high_T = comm.sum_(logits_TV.amax(1), axis, "max")
+    logits_TV.sub_(high_T[:, None])
+    local_T = labels_T - first
+    own_T = (local_T >= 0) & (local_T < columns)
+    picked_T = logits_TV.gather(1, (local_T * own_T)[:, None])[:, 0].masked_fill(~own_T, 0.0)
+    parts = [picked_T]
+    if terms.smoothing:
+        parts.append(logits_TV[:, :valid].sum(1))
+    logits_TV.exp_()
+    parts.append(logits_TV.sum(1))
+    sums = comm.sum_(torch.stack(parts), axis)
+    total_T = sums[-1]
+    lse_T = total_T.log() + high_T
+    logits_TV.div_(total_T[:, None])
+    loss_T = lse_T - high_T - (1 - terms.smoothing) * sums[0]
+    if terms.smoothing:
+        loss_T -= terms.smoothing / terms.vocabulary * sums[1]
+    if terms.z_loss:
+        loss_T += terms.z_loss * lse_T.square()
+    return loss_T.masked_fill_(labels_T == IGNORE, 0.0), lse_T, logits_TV
+
+
+def _gradient_(softmax_TV: Tensor, lse_T: Tensor, labels_T: Tensor, weight_T: Tensor, terms: _Terms) -> Tensor:
+    """Turn the softmax into the gradient of ``sum(weight * loss)`` by the logits, in place."""
+    columns = softmax_TV.shape[1]
+    first = terms.axis.rank * columns
+    valid = max(0, min(columns, terms.vocabulary - first))
+    weight_T = weight_T.masked_fill(labels_T == IGNORE, 0.0)
+    scale_T = weight_T * (1 + 2 * terms.z_loss * lse_T) if terms.z_loss else weight_T
+    softmax_TV.mul_(scale_T[:, None])
+    local_T = labels_T - first
+    own_T = (local_T >= 0) & (local_T < columns)
+    hit_T = (weight_T * (terms.smoothing - 1)).masked_fill(~own_T, 0.0)
+    softmax_TV.scatter_add_(1, (local_T * own_T)[:, None], hit_T[:, None])
+    if terms.smoothing:
+        softmax_TV[:, :valid].sub_((weight_T * (terms.smoothing / terms.vocabulary))[:, None])
+    return softmax_TV
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, terms: _Terms) -> Tensor:
+        wide = logits_TV.to(_wide(logits_TV.dtype), copy=True)
+        loss_T, lse_T, softmax_TV = _loss_and_softmax(wide, labels_T, terms)
+        ctx.terms, ctx.dtype = terms, logits_TV.dtype
+        ctx.save_for_backward(softmax_TV, lse_T, labels_T)
+        return loss_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        softmax_TV, lse_T, labels_T = ctx.saved_tensors
+        return _gradient_(softmax_TV.clone(), lse_T, labels_T, grads[0], ctx.terms).to(ctx.dtype), None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    axis: Axis,
+    *,
+    vocabulary: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The loss of each token, float32 or wider, the same on every rank; 0 where the label is -100.
+
+    Args:
+        logits_TV: this rank's columns (T, V / size) of the logits, padding included.
+        labels_T: labels in the whole vocabulary.
+        axis: the tensor-parallel axis.
+        vocabulary: columns of all ranks without padding; default: all.
+        label_smoothing: weight of the uniform distribution.
+        z_loss: weight of the squared log-sum-exp.
+    """
+    terms = _Terms(axis, vocabulary or logits_TV.shape[1] * axis.size, label_smoothing, z_loss)
+    return comm.apply(_CrossEntropy, logits_TV, labels_T, terms)
+
+
+class LossSum(NamedTuple):
+    """The scaled sum of the losses, which can be differentiated, and the loss of each token, which cannot."""
+
+    total: Tensor
+    losses_T: Tensor
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head and loss block by block; the gradients are formed on the way, so that no logits are kept or made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, terms: _Terms, scale: float, block: int
+    ) -> tuple[Tensor, Tensor]:
+        wide = _wide(x_TD.dtype)
+        losses_T = torch.empty(x_TD.shape[0], dtype=wide, device=x_TD.device)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        gx_TD = torch.empty_like(x_TD) if needs_x else None
+        gw_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
+        for start in range(0, x_TD.shape[0], block):
+            rows = slice(start, start + block)
+            x, labels = x_TD[rows], labels_T[rows]
+            logits = terms.method.product(x, weight_VD, None).to(wide)
+            losses_T[rows], lse, softmax = _loss_and_softmax(logits, labels, terms)
+            if gx_TD is None and gw_VD is None:
+                continue
+            weight_T = torch.full_like(lse, scale)
+            gradient = _gradient_(softmax, lse, labels, weight_T, terms).to(x_TD.dtype)
+            if gx_TD is not None:
+                gx_TD[rows] = terms.method.input_gradient(gradient, weight_VD)
+            if gw_VD is not None:
+                gw_VD += terms.method.weight_gradient(gradient, x)
+        ctx.grads = gx_TD, None if gw_VD is None else gw_VD.to(weight_VD.dtype)
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.sum() * scale, losses_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gx, gw = ctx.grads
+        ctx.grads = None
+        up = grads[0]
+        if up.device.type != "cpu" or up.item() != 1.0:
+            gx = None if gx is None else gx * up.to(gx.dtype)
+            gw = None if gw is None else gw * up.to(gw.dtype)
+        return gx, gw, None, None, None, None
+
+
+def vocab_parallel_linear_cross_entropy(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    axis: Axis,
+    *,
+    vocabulary: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    sequence_parallel: bool = False,
+    block: int = 512,
+    method: LinearMethod | None = None,
+) -> LossSum:
+    """The head and the loss as one, ``block`` tokens at a time: the T x V logits never exist whole.
+
+    Args:
+        x_TD: what the head is applied to; under sequence parallelism this rank's piece of the tokens.
+        weight_VD: this rank's rows (V / size, D) of the head.
+        labels_T: labels of all tokens, -100 where none counts.
+        axis: the tensor-parallel axis.
+        vocabulary, label_smoothing, z_loss: as in :func:`vocab_parallel_cross_entropy`.
+        scale: factor of every token's loss in ``total`` (one over the number of tokens that count).
+        sequence_parallel: gather the tokens first.
+        block: tokens whose logits exist at a time.
+        method: how the head multiplies.
+    """
+    method = Dense() if method is None else method
+    terms = _Terms(axis, vocabulary or weight_VD.shape[0] * axis.size, label_smoothing, z_loss, method)
+    if sequence_parallel:
+        x_TD = comm.all_gather(x_TD, axis, total=labels_T.shape[0])
+    else:
+        x_TD = comm.replicate(x_TD, axis)
+    total, losses = comm.apply(_LinearCrossEntropy, x_TD, weight_VD, labels_T, terms, scale, block)
+    return LossSum(total, losses)

@@ -1,0 +1,525 @@
+"""Training data: a corpus packed once into memory-mapped tokens, and loaders that are functions of the step."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from parallel.config import option
+from parallel.errors import ConfigError, DataError, refuse
+from parallel.models.batch import IGNORE, Batch
+from zero.corpus import STDLIB, Corpus, Progress, held_out, sample
+from zero.tokenizer import (
+    SMALLEST_VOCABULARY,
+    encode_documents,
+    end_of_text,
+    load_tokenizer,
+    train_bpe,
+    vocabulary_size,
+    write_tokenizer,
+)
+
+__all__ = ["DataConfig", "Loader", "PackedTokens", "Prepared", "Split", "permute", "prepare", "validation_batches"]
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+BPE_SAMPLE = 32 << 20  # characters of text a tokenizer is trained on, at most
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Which text to train on, and how it becomes tokens."""
+
+    source: str = option(STDLIB, f"{STDLIB}, or files, folders and globs separated by commas (text, .jsonl, .parquet)")
+    text_key: str = option("text", "JSON key or Parquet column that holds the text")
+    tokenizer: str = option("", "tokenizer.json or Hugging Face folder; empty: train a byte-level BPE on the corpus")
+    vocabulary: int = option(4096, "size of the vocabulary of a tokenizer that is trained")
+    skip_broken: bool = option(False, "leave out and count documents that cannot be decoded")
+    validation: float = option(0.02, "share of documents held out, chosen by the hash of their text")
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.source.strip():
+            found.append("source must name a corpus")
+        if not self.text_key:
+            found.append("text_key must not be empty")
+        if not self.tokenizer and not SMALLEST_VOCABULARY <= self.vocabulary <= 1 << 24:
+            found.append(f"vocabulary = {self.vocabulary} must be at least {SMALLEST_VOCABULARY} and at most {1 << 24}")
+        if not 0 <= self.validation < 1:
+            found.append(f"validation = {self.validation} must be at least 0 and less than 1")
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what the packed data is."""
+        return {key: value for key, value in asdict(self).items() if not (key == "vocabulary" and self.tokenizer)}
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """What one split holds: tokens (end-of-text tokens included), documents, bytes of UTF-8 text."""
+
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A folder of packed tokens and the tokenizer that made them.
+
+    Attributes:
+        folder: where they are.
+        vocabulary: number of token ids.
+        end_of_text: id of the token that follows every document.
+        dtype: of the token files, ``"<u2"`` or ``"<u4"``.
+        splits: ``"train"`` and ``"validation"``.
+        skipped: documents left out, by reason.
+        made_from: the identity of the configuration, the fingerprint of the source, and of a tokenizer that was
+            given its hash and its end-of-text token.
+    """
+
+    folder: Path
+    vocabulary: int
+    end_of_text: int
+    dtype: str
+    splits: dict[str, Split]
+    skipped: dict[str, int]
+    made_from: dict[str, Any]
+
+    @staticmethod
+    def load(folder: Path, *, hashes: bool = False) -> Prepared:
+        """The data in ``folder``, after a check of every file's size and, with ``hashes``, its SHA-256.
+
+        Raises:
+            DataError: no data there, or each file that is missing or damaged.
+        """
+        record = folder / "data.json"
+        try:
+            table = json.loads(record.read_text(encoding="utf-8"))
+            if table["format"] != FORMAT:
+                raise DataError(f"{record}: format {table['format']!r}; this version reads format {FORMAT}")
+            problems = [p for name, want in table["files"].items() if (p := _damage(folder / name, want, hashes))]
+            refuse(DataError, problems)
+            if table["dtype"] not in ("<u2", "<u4"):
+                raise ValueError(f"dtype {table['dtype']!r}")
+            return Prepared(
+                folder=folder,
+                vocabulary=table["vocabulary"],
+                end_of_text=table["end_of_text"],
+                dtype=table["dtype"],
+                splits={name: Split(**table["splits"][name]) for name in SPLITS},
+                skipped=table["skipped"],
+                made_from=table["made_from"],
+            )
+        except OSError as error:
+            raise DataError(f"{record}: no prepared data: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{record}: damaged: {error!r}") from error
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text that a token of the split stands for, on average (0.0 for an empty split).
+
+        A mean loss of L nats a token is L / ln 2 / bytes_per_token bits per byte.
+        """
+        part = self.splits[split]
+        return part.bytes / part.tokens if part.tokens else 0.0
+
+    def open(self, split: str) -> PackedTokens:
+        """The tokens of ``"train"`` or ``"validation"``, memory-mapped."""
+        return PackedTokens(self.folder, split, np.dtype(self.dtype), self.vocabulary)
+
+
+def prepare(config: DataConfig, folder: Path, progress: Progress | None = None) -> Prepared:
+    """The packed data of ``config`` in ``folder``, made if it is not there yet.
+
+    It is built beside ``folder`` and renamed into place when complete. Processes that prepare the same folder at once
+    take turns: one builds, the others use what it built.
+
+    Raises:
+        ConfigError: options that cannot be honoured.
+        DataError: a corpus or tokenizer that cannot be used; a folder that holds something else, with what differs.
+    """
+    refuse(ConfigError, config.problems())
+    folder = folder.resolve()
+    corpus, given = _inputs(config)
+    made_from = config.identity() | {"fingerprint": corpus.fingerprint()}
+    if given is not None:
+        made_from["tokenizer_sha256"] = hashlib.sha256(given[0].to_str().encode()).hexdigest()
+        made_from["end_of_text"] = given[1]
+    if not (folder / "data.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.parent / f".{folder.name}.lock"):
+            if not (folder / "data.json").exists():
+                _build(config, folder, corpus, given, made_from, _by_percent(progress))
+    prepared = Prepared.load(folder)
+    there = prepared.made_from
+    differ = [key for key in made_from | there if there.get(key) != made_from.get(key)]
+    differ = [key for key in differ if key in there and key in made_from] or differ
+    refuse(DataError, [_difference(folder, key, there.get(key), made_from.get(key)) for key in differ])
+    return prepared
+
+
+def _by_percent(progress: Progress | None) -> Progress:
+    """``progress``, called only where a whole percent is reached."""
+    latest: tuple[str, int] | None = None
+
+    def report(what: str, share: float) -> None:
+        nonlocal latest
+        if progress is not None and latest != (what, int(share * 100)):
+            latest = (what, int(share * 100))
+            progress(what, share)
+
+    return report
+
+
+def _difference(folder: Path, key: str, there: Any, asked: Any) -> str:
+    if key == "fingerprint":
+        return f"{folder}: made from other files (their names, sizes or times differ); use another folder"
+    return f"{folder}: made with data.{key} = {there!r}, asked for is {asked!r}; use another folder"
+
+
+def _inputs(config: DataConfig) -> tuple[Corpus, tuple[Tokenizer, int] | None]:
+    """The corpus, and the tokenizer that is given with its end-of-text token; the problems of both at once."""
+    problems: list[str] = []
+    corpus = given = None
+    try:
+        corpus = Corpus(config.source, text_key=config.text_key, skip_broken=config.skip_broken)
+    except DataError as error:
+        problems += error.problems
+    try:
+        if config.tokenizer:
+            path = Path(config.tokenizer)
+            tokenizer = load_tokenizer(path)
+            given = tokenizer, end_of_text(tokenizer, path if path.is_dir() else None)
+    except DataError as error:
+        problems += error.problems
+    if corpus is None or problems:
+        raise DataError(problems)
+    return corpus, given
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file; the system lets go of it when the process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(
+    config: DataConfig,
+    folder: Path,
+    corpus: Corpus,
+    given: tuple[Tokenizer, int] | None,
+    made_from: dict[str, Any],
+    progress: Progress,
+) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: exists and is not prepared data; it is left as it is")
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        if given is None:
+            texts = sample(corpus, config.validation, BPE_SAMPLE, progress)
+            progress("training the tokenizer", 0.0)
+            tokenizer = train_bpe(iter(texts), config.vocabulary)
+            given = tokenizer, end_of_text(tokenizer)
+            del texts
+        tokenizer, end = given
+        write_tokenizer(tokenizer, partial, end=end)
+        vocabulary = vocabulary_size(tokenizer)
+        dtype = "<u2" if vocabulary <= 1 << 16 else "<u4"
+        with _Writer(partial, "train", dtype) as train, _Writer(partial, "validation", dtype) as validation:
+            for index, (text, ids) in enumerate(encode_documents(tokenizer, corpus)):
+                writer = validation if held_out(index, text, config.validation) else train
+                writer.add([*ids, end], len(text.encode()))
+                progress("encoding", corpus.share)
+        splits = {"train": asdict(train.split), "validation": asdict(validation.split)}
+        if corpus.fingerprint() != made_from["fingerprint"]:
+            raise DataError(f"{config.source}: a file changed while it was read")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())
+        }
+        table = {"format": FORMAT, "made_from": made_from, "dtype": dtype, "vocabulary": vocabulary, "end_of_text": end}
+        table |= {"splits": splits, "skipped": corpus.skipped, "files": files}
+        (partial / "data.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Writer:
+    """Appends documents to the files of one split; ``split`` says what they hold."""
+
+    def __init__(self, folder: Path, split: str, dtype: str) -> None:
+        self.split = Split(0, 0, 0)
+        self._dtype = dtype
+        self._tokens = (folder / f"{split}.tokens").open("wb")
+        self._documents = (folder / f"{split}.documents").open("wb")
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._documents.write(self.split.tokens.to_bytes(8, "little"))
+        self._documents.close()
+        self._tokens.close()
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        self._documents.write(self.split.tokens.to_bytes(8, "little"))
+        self._tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        done = self.split
+        self.split = Split(done.tokens + len(ids), done.documents + 1, done.bytes + text_bytes)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(path: Path, want: dict[str, Any], hashes: bool) -> str:
+    """What is wrong with a file of prepared data, or an empty string."""
+    if not path.is_file():
+        return f"{path}: missing"
+    if (size := path.stat().st_size) != want["bytes"]:
+        return f"{path}: damaged: {size} bytes, expected {want['bytes']}"
+    if hashes and _sha256(path) != want["sha256"]:
+        return f"{path}: damaged: its SHA-256 is not the recorded one"
+    return ""
+
+
+class PackedTokens:
+    """One split as a memory-mapped stream of tokens, documents one after the other.
+
+    Args:
+        folder: prepared data.
+        split: ``"train"`` or ``"validation"``.
+        dtype: of the token file.
+        vocabulary: number of token ids; a larger one in the file is refused when it is read.
+
+    Raises:
+        DataError: a file that is missing, or documents that do not end where the tokens do.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocabulary: int) -> None:
+        self.path = folder / f"{split}.tokens"
+        self.vocabulary = vocabulary
+        self._tokens = _map(self.path, dtype)
+        self._documents = _map(folder / f"{split}.documents", np.dtype("<i8"))
+        if not len(self._documents) or self._documents[0] != 0 or self._documents[-1] != len(self._tokens):
+            raise DataError(f"{folder / split}.documents: damaged: does not span the {len(self)} tokens of {self.path}")
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def windows(self, length: int) -> int:
+        """How many windows of ``length`` tokens there are; the labels of the last need one token more."""
+        return max(len(self) - 1, 0) // length
+
+    def window(self, index: int, length: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Tokens ``index * length`` and on.
+
+        Returns:
+            tokens (int64, ``length``); labels (the next token of each, :data:`IGNORE` where that begins another
+            document); where documents begin in the window, 0 not counted.
+
+        Raises:
+            DataError: a token id outside the vocabulary, or document boundaries out of order.
+        """
+        if not 0 <= index < self.windows(length):
+            raise IndexError(f"window {index} of {self.windows(length)}")
+        start = index * length
+        tokens = torch.from_numpy(self._tokens[start : start + length + 1].astype(np.int64))
+        if int(tokens.max()) >= self.vocabulary:
+            offset = int((tokens >= self.vocabulary).nonzero()[0])
+            place = f"{self.path}: token {start + offset} (byte {(start + offset) * self._tokens.itemsize})"
+            raise DataError(f"{place}: id {int(tokens[offset])} is outside the vocabulary of {self.vocabulary}")
+        first, last = np.searchsorted(self._documents, (start + 1, start + length + 1))
+        begins = self._documents[first:last].astype(np.int64) - start
+        if np.any(np.diff(begins, prepend=0, append=length + 1) <= 0):
+            raise DataError(f"{self.path.with_suffix('.documents')}: damaged: out of order near entry {first}")
+        labels = tokens[1:].clone()
+        labels[torch.from_numpy(begins - 1)] = IGNORE
+        return tokens[:-1], labels, [begin for begin in begins.tolist() if begin < length]
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    try:
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def permute(index: int, count: int, key: int) -> int:
+    """Where the permutation of ``range(count)`` that ``key`` names puts ``index``; the same on every machine.
+
+    A Feistel network of six rounds over the next even number of bits, walked until it lands inside the range (Black and
+    Rogaway, Ciphers with Arbitrary Finite Domains, 2002); the rounds mix with splitmix64.
+    """
+    if not 0 <= index < count:
+        raise IndexError(f"{index} is not in range({count})")
+    half = max((count - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    rounds = [_mix(key + turn) for turn in range(6)]
+    while True:
+        left, right = index >> half, index & mask
+        for turn in rounds:
+            left, right = right, left ^ (_mix(turn ^ right) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _mix(value: int) -> int:
+    """splitmix64 (Steele, Lea and Flood, 2014) of the low 64 bits."""
+    mask = (1 << 64) - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
+class Loader:
+    """The microbatches of each optimizer step, as a function of its number; nothing to save, nothing to restore.
+
+    A step takes the next ``sequences`` windows of an endless order in which every window appears once an epoch, each
+    epoch in its own permutation. Position k of a step goes to microbatch ``k // (size * n)`` and therein to rank
+    ``k // n % size``, n sequences each; its tokens have indices ``k * sequence`` and on, whatever the layout.
+
+    Args:
+        packed: the tokens.
+        sequence: tokens a sequence.
+        sequences: sequences a step, over all ranks and microbatches.
+        microbatches: of each rank and step.
+        rank: data-parallel rank, of ``size``.
+        seed: of the order.
+        shuffle: False reads the windows as they lie.
+
+    Raises:
+        ConfigError: what :meth:`problems` finds.
+        DataError: too few tokens for one sequence.
+    """
+
+    def __init__(
+        self,
+        packed: PackedTokens,
+        *,
+        sequence: int,
+        sequences: int,
+        microbatches: int = 1,
+        rank: int = 0,
+        size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        found = self.problems(sequence=sequence, sequences=sequences, microbatches=microbatches, rank=rank, size=size)
+        refuse(ConfigError, found)
+        if not packed.windows(sequence):
+            need = f"a sequence of {sequence} needs {sequence + 1} (one more, for the last label)"
+            raise DataError(f"{packed.path} holds {len(packed)} tokens; {need}")
+        self.packed, self.sequence, self.sequences, self.microbatches = packed, sequence, sequences, microbatches
+        self.rank, self.size, self.seed, self.shuffle = rank, size, seed, shuffle
+
+    @staticmethod
+    def problems(*, sequence: int, sequences: int, microbatches: int = 1, rank: int = 0, size: int = 1) -> list[str]:
+        """Why these arguments cannot be honoured, one sentence each; empty if they can."""
+        counts = {"sequence": sequence, "sequences": sequences, "microbatches": microbatches, "size": size}
+        found = [f"{name} = {value} must be at least 1" for name, value in counts.items() if value < 1]
+        if not found and not 0 <= rank < size:
+            found.append(f"rank = {rank} must be at least 0 and less than size = {size}")
+        if not found and sequences % (size * microbatches):
+            unit = size * microbatches
+            closest = max((sequences + unit // 2) // unit, 1) * unit
+            factors = f"{size} data-parallel ranks x {microbatches} microbatches = {unit}"
+            found.append(f"sequences = {sequences} must be divisible by {factors}; the nearest that is: {closest}")
+        return found
+
+    def step(self, number: int) -> list[Batch]:
+        """The microbatches of this rank for optimizer step ``number``, counted from 0."""
+        if number < 0:
+            raise IndexError(f"step {number}")
+        each = self.sequences // (self.size * self.microbatches)
+        firsts = [(microbatch * self.size + self.rank) * each for microbatch in range(self.microbatches)]
+        return [self._batch(number, range(first, first + each)) for first in firsts]
+
+    def _batch(self, number: int, places: range) -> Batch:
+        windows = [self._window(number * self.sequences + place) for place in places]
+        return _pack(self.packed, self.sequence, list(zip(places, windows, strict=True)), key=number)
+
+    def _window(self, entry: int) -> int:
+        count = self.packed.windows(self.sequence)
+        epoch, place = divmod(entry, count)
+        return permute(place, count, _mix(_mix(self.seed) + epoch)) if self.shuffle else place
+
+
+def validation_batches(
+    packed: PackedTokens, *, sequence: int, sequences: int, rank: int = 0, size: int = 1, limit: int | None = None
+) -> Iterator[Batch]:
+    """The first ``limit`` windows (None: all) in order, ``sequences`` at a time over all ranks.
+
+    Every rank gets equally many batches, so that ranks stay in step; where windows run short, a rank's batch holds
+    fewer of them, or one whose labels are all :data:`IGNORE`. Nothing is yielded where there is no whole window.
+
+    Raises:
+        ConfigError: an argument out of its range.
+    """
+    refuse(ConfigError, Loader.problems(sequence=sequence, sequences=size * max(sequences, 0), rank=rank, size=size))
+    count = packed.windows(sequence) if limit is None else min(packed.windows(sequence), max(limit, 0))
+    return (
+        _share(packed, sequence, range(first, min(first + sequences, count)), rank, size, key)
+        for key, first in enumerate(range(0, count, sequences))
+    )
+
+
+def _share(packed: PackedTokens, sequence: int, windows: range, rank: int, size: int, key: int) -> Batch:
+    places = range(rank * len(windows) // size, (rank + 1) * len(windows) // size)
+    if places:
+        return _pack(packed, sequence, [(place, windows[place]) for place in places], key)
+    idle = _pack(packed, sequence, [(len(windows) + rank, windows[0])], key)
+    return replace(idle, labels_T=torch.full((sequence,), IGNORE))
+
+
+def _pack(packed: PackedTokens, sequence: int, entries: list[tuple[int, int]], key: int) -> Batch:
+    """Windows, each with its place in the step, one after the other in a batch."""
+    tokens, labels, index, bounds = [], [], [], []
+    for number, (place, window) in enumerate(entries):
+        window_tokens, window_labels, begins = packed.window(window, sequence)
+        tokens.append(window_tokens)
+        labels.append(window_labels)
+        index.append(torch.arange(place * sequence, (place + 1) * sequence))
+        bounds += [number * sequence + begin for begin in (0, *begins)]
+    bounds.append(len(entries) * sequence)
+    starts = torch.tensor(bounds)
+    return Batch(
+        tokens_T=torch.cat(tokens),
+        positions_T=torch.arange(bounds[-1]) - torch.repeat_interleave(starts[:-1], starts.diff()),
+        boundaries=tuple(bounds),
+        labels_T=torch.cat(labels),
+        index_T=torch.cat(index),
+        key=key,
+    )
