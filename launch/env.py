@@ -13,7 +13,6 @@ import math
 import os
 import re
 import socket
-import stat
 import time
 import zlib
 from collections.abc import Mapping
@@ -103,20 +102,14 @@ _TORCHRUN = _starter(
 )
 _OPEN_MPI = _starter("Open MPI", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
 _PMI = _Starter(
-    "PMI",
-    ("PMI_RANK",),
-    ("PMI_SIZE",),
+    *("PMI", ("PMI_RANK",), ("PMI_SIZE",)),
     ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "SLURM_LOCALID"),
     ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
 _SLURM = _Starter(
-    "SLURM",
-    ("SLURM_PROCID",),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
-    ("SLURM_LOCALID",),
-    (),
-    ("SLURM_PROCID", "SLURM_LOCALID"),
+    *("SLURM", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")),
+    *(("SLURM_LOCALID",), (), ("SLURM_PROCID", "SLURM_LOCALID")),
 )
 
 
@@ -141,9 +134,7 @@ def detect(environ: Mapping[str, str]) -> Placement | None:
             found.append(place)
     problems += _contradictions(found, environ)
     refuse(ConfigError, problems)
-    if found:
-        return found[0]
-    return _read_slurm(environ)
+    return found[0] if found else _read_slurm(environ)
 
 
 def _contradictions(found: list[Placement], environ: Mapping[str, str]) -> list[str]:
@@ -163,9 +154,8 @@ def _read_slurm(environ: Mapping[str, str]) -> Placement | None:
     in_batch_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
     if in_batch_script or not any(name in environ for name in _SLURM.marks):
         return None
-    half = _SLURM.half_set(environ)
-    problems = [half] if half else []
-    place = None if half else _read(_SLURM, environ, problems)
+    problems = [half] if (half := _SLURM.half_set(environ)) else []
+    place = None if problems else _read(_SLURM, environ, problems)
     refuse(ConfigError, problems)
     return None if place is None or place.world == 1 else place
 
@@ -182,10 +172,9 @@ def _read(starter: _Starter, environ: Mapping[str, str], problems: list[str]) ->
         problems.append(
             f"{starter.name} started {world} ranks on several machines without saying where rank 0 is: set MASTER_ADDR"
         )
-    port_names = (starter.meeting[1],) if starter.meeting else ("MASTER_PORT",)
-    port = _derived_port(environ)
-    if port_names[0] in environ:
-        port = _number(environ, port_names, problems, least=1, below=65536)
+    port_name = starter.meeting[1] if starter.meeting else "MASTER_PORT"
+    given = port_name in environ
+    port = _number(environ, (port_name,), problems, least=1, below=65536) if given else _derived_port(environ)
     if len(problems) > before:
         return None
     local_world = local_world or (world if host in _LOOPBACK else local_rank + 1)
@@ -291,14 +280,13 @@ def _inherited_socket(environ: Mapping[str, str], port: int) -> int | None:
     text = environ.get("LOCKSTEP_LISTEN_FD", "")
     if not text.isdecimal():
         return None
-    fd = int(text)
     try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            return None
-        with socket.socket(fileno=os.dup(fd)) as listener:
-            return fd if listener.getsockname()[1] == port else None
+        listener = socket.socket(fileno=int(text))
     except OSError:
         return None
+    name = listener.getsockname()
+    fd = listener.detach()
+    return fd if isinstance(name, tuple) and name[1] == port else None
 
 
 def connect(

@@ -199,7 +199,7 @@ def _start(
 
 
 def _unlinked_file(stack: contextlib.ExitStack) -> IO[bytes]:
-    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))
+    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
     return file
 
@@ -223,7 +223,7 @@ def _watch(ranks: list[_Rank], received: list[int], grace_s: float) -> int:
     """Wait for the ranks, forward the first signal, and return the exit code of the whole."""
     stop = 0
     deadline = float("inf")
-    while not all([rank.ended() for rank in ranks]):
+    while not all(rank.ended() for rank in ranks):
         if stop and any(rank.ended() and rank.process.returncode != 0 for rank in ranks):
             deadline = min(deadline, time.monotonic() + grace_s)
         if any(_counts(rank.failure(), stop) for rank in ranks):
@@ -264,7 +264,7 @@ def _settle(ranks: list[_Rank], stop: int) -> list[_Failure]:
     while True:
         failures = [failure for rank in ranks if (failure := rank.failure()) and _counts(failure, stop)]
         real = any(not failure.echo for failure in failures)
-        if all([rank.ended() for rank in ranks]) or time.monotonic() - since > (0.2 if real else 2.0):
+        if all(rank.ended() for rank in ranks) or time.monotonic() - since > (0.2 if real else 2.0):
             return sorted(failures, key=lambda failure: (failure.echo, failure.time))
         time.sleep(_POLL_S)
 
@@ -297,7 +297,7 @@ def _end(ranks: list[_Rank], wait_s: float) -> None:
     if wait_s > 0:
         for rank in ranks:
             rank.process.send_signal(signal.SIGTERM)
-    while not all([rank.ended() for rank in ranks]) and time.monotonic() < deadline:
+    while not all(rank.ended() for rank in ranks) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     for rank in ranks:
         if not rank.ended():
@@ -340,7 +340,7 @@ def run_rank(main: Callable[[], int]) -> int:
             print(stop.code, file=sys.stderr)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BaseException as error:  # whatever it is, the other ranks must not wait for it
+    except BaseException as error:  # noqa: BLE001 - the other ranks must not wait for this one
         code = report_failure(error)
     torch = sys.modules.get("torch.distributed")
     if code and (_report_fd() is not None or (torch is not None and torch.is_available() and torch.is_initialized())):

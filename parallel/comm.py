@@ -19,8 +19,8 @@ forward                 values                  backward
 :func:`shift`           split -> split          shift back
 ======================  ======================  ==============================
 
-A dim that the axis does not divide is cut as by :func:`torch.chunk`: pieces of ``ceil(total / size)`` rows, the last ones
-shorter or empty. The functions named ``start_`` return at once with a :class:`Pending`; what they are given must
+A dim that the axis does not divide is cut as by :func:`torch.chunk`: pieces of ``ceil(total / size)`` rows, the last
+ones shorter or empty. The functions named ``start_`` return at once with a :class:`Pending`; what they are given must
 not be touched until :meth:`Pending.wait`.
 """
 

@@ -79,9 +79,11 @@ class Ledger:
         )
 
 
-def caller(skip: str) -> str:
-    """``file:line`` of the nearest frame outside the file ``skip``; relative to the project where it lies inside."""
+def caller(*skip: str) -> str:
+    """``file:line`` of the nearest frame outside the files ``skip`` and torch; relative to the project inside it."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename in (skip, __file__):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename in (*skip, __file__) or frame.f_globals.get("__name__", "").startswith("torch.")
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename.removeprefix(_ROOT + '/')}:{frame.f_lineno}"

@@ -75,23 +75,21 @@ class Layout:
             place[joint] = (index, size)
         return place
 
-    def peers(self, axis: str, rank: int) -> tuple[int, ...]:
+    def peers(self, axis: str, rank: int) -> range:
         """The global ranks on the same axis as ``rank``, in the order of the axis."""
-        stride, strides = 1, dict[str, int]()
+        names, stride = _JOINT.get(axis, (axis,)), 1
         for name in reversed(_EXPERT if axis in _EXPERT else _DENSE):
-            strides[name] = stride
+            if name == names[-1]:
+                break
             stride *= getattr(self, name)
-        place = self.place(rank)
-        ranks = [rank]
-        for name in _JOINT.get(axis, (axis,)):
-            index, size = place[name]
-            ranks = [r + (i - index) * strides[name] for r in ranks for i in range(size)]
-        return tuple(ranks)
+        index, size = self.place(rank)[axis]
+        first = rank - index * stride
+        return range(first, first + size * stride, stride)
 
-    def groups(self, axis: str) -> list[tuple[int, ...]]:
+    def groups(self, axis: str) -> list[range]:
         """The global ranks of every group of an axis, each in the order of the axis."""
         seen: set[int] = set()
-        groups: list[tuple[int, ...]] = []
+        groups: list[range] = []
         for rank in range(self.world):
             if rank not in seen:
                 groups.append(self.peers(axis, rank))
@@ -117,7 +115,7 @@ class Axis:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    ranks: tuple[int, ...] = (0,)
+    ranks: range = range(1)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -137,7 +135,9 @@ class Mesh:
         pp, dp, cp, tp, ep, etp, edp: the axes; ``data`` is dp x cp, ``world`` is all ranks.
     """
 
-    def __init__(self, layout: Layout, rank: int, device: torch.device, axes: Mapping[str, Axis], ledger: Ledger) -> None:
+    def __init__(
+        self, layout: Layout, rank: int, device: torch.device, axes: Mapping[str, Axis], ledger: Ledger
+    ) -> None:
         self.layout = layout
         self.rank = rank
         self.device = device
@@ -189,9 +189,9 @@ class Mesh:
     @staticmethod
     def _assemble(layout: Layout, rank: int, device: torch.device, connect: bool) -> Mesh:
         ledger = Ledger()
-        groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        groups: dict[range, dist.ProcessGroup | None] = {}
         if connect and layout.world > 1:
-            groups[tuple(range(layout.world))] = dist.group.WORLD
+            groups[range(layout.world)] = dist.group.WORLD
         axes: dict[str, Axis] = {}
         for name, (index, size) in layout.place(rank).items():
             ranks = layout.peers(name, rank)
@@ -220,11 +220,10 @@ class Mesh:
         return self._subaxes[name, size]
 
 
-def _join(
-    groups: list[tuple[int, ...]], own: tuple[int, ...], made: dict[tuple[int, ...], dist.ProcessGroup | None]
-) -> dist.ProcessGroup | None:
+def _join(groups: list[range], own: range, made: dict[range, dist.ProcessGroup | None]) -> dist.ProcessGroup | None:
     """Create the groups that are not ``made`` yet; return the group ``own``."""
     for ranks in groups:
         if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks))
+            made[ranks] = group if isinstance(group, dist.ProcessGroup) else None
     return made[own]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,20 @@ __all__ = [
     "Shard",
     "Sharded",
     "assemble",
+    "fill",
     "finalize_gradients",
+    "gather_whole",
     "initialize",
+    "meet",
     "param_shards",
     "reshard",
+    "sum_repeated",
 ]
 
 Box = tuple[slice, ...]
 """One slice with start and stop for each dim."""
+
+_DENSE, _EXPERT = ("dp", "cp", "tp"), ("edp", "ep", "etp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,8 @@ class Shard:
             raise ShardError(f"split {split} does not have one entry for each dim of {self.shape}")
         if self.sections and sum(s.size for s in self.sections) != self.shape[self.dim]:
             raise ShardError(f"sections {self.sections} do not add up to dim {self.dim} of {self.shape}")
+        if any(s.size % s.unit for s in self.sections):
+            raise ShardError(f"sections {self.sections} of {self.shape} are not whole units")
 
     @property
     def dim(self) -> int:
@@ -137,7 +145,8 @@ class Shard:
 
     def pieces(self, place: Place) -> list[Piece]:
         """The boxes of the whole tensor that a rank at ``place`` holds, in order, without padding."""
-        pieces = [Piece((), (), all(_on(place, axis)[0] == 0 for axis in ("dp", "cp", "tp") if axis not in self.split))]
+        axes = _EXPERT if any(axis in _EXPERT for axis in self.split) else _DENSE
+        pieces = [Piece((), (), all(_on(place, axis)[0] == 0 for axis in axes if axis not in self.split))]
         for dim, (size, axis) in enumerate(zip(self.shape, self.split, strict=True)):
             if axis is None:
                 runs = [(slice(0, size), slice(0, size), True)]
@@ -174,16 +183,16 @@ class Shard:
         Raises:
             ShardError: a piece of the wrong shape, or a part of the whole that nobody holds.
         """
-        full, covered = None, 0
+        full, sizes = None, dict[tuple[tuple[int, int], ...], int]()
         for place, local in locals_:
             if tuple(local.shape) != self.local_shape(place):
                 raise ShardError(f"expected a piece {self.local_shape(place)}, got {tuple(local.shape)}")
             full = local.new_empty(self.shape) if full is None else full
             for piece in self.pieces(place):
                 full[piece.full] = local[piece.local].to(full.device)
-                covered += piece.first * full[piece.full].numel()
-        if full is None or covered < full.numel():
-            raise ShardError(f"the pieces cover {covered} of the values of {self.shape}")
+                sizes[tuple((run.start, run.stop) for run in piece.full)] = _count(piece.full)
+        if full is None or sum(sizes.values()) < full.numel():
+            raise ShardError(f"the pieces cover {sum(sizes.values())} of the values of {self.shape}")
         return full
 
     def held(self, place: Place, tensor: Tensor) -> list[Tensor]:
@@ -229,8 +238,8 @@ def param_shards(model: nn.Module) -> dict[str, Shard]:
     """
     table: dict[str, Shard] = {}
     for prefix, module in model.named_modules():
-        own = module.shards() if isinstance(module, Sharded) else {}
-        for name, parameter in module.named_parameters(recurse=False):
+        own: dict[str, Shard] = cast(Any, module).shards() if isinstance(module, Sharded) else {}
+        for name, parameter in cast(nn.Module, module).named_parameters(recurse=False):
             entry = own.get(name) or Shard(shape=tuple(parameter.shape))
             table[f"{prefix}.{name}" if prefix else name] = entry
     return {name: table[name] for name, _ in model.named_parameters()}
@@ -298,11 +307,19 @@ def finalize_gradients(model: nn.Module, mesh: Mesh) -> None:
             grad.copy_(summed.view_as(grad))
 
 
+@torch.no_grad()
+def gather_whole(local: Tensor, shard: Shard, mesh: Mesh) -> Tensor:
+    """The whole of one parameter on every rank, joined from the pieces of the tensor-parallel ranks."""
+    pieces = comm.start_all_gather(local.contiguous().view(1, -1), mesh.tp).wait()
+    places = [{"tp": (rank, mesh.tp.size)} for rank in range(mesh.tp.size)]
+    return shard.join((place, piece.view_as(local)) for place, piece in zip(places, pieces, strict=True))
+
+
 def sum_repeated(grad: Tensor, shard: Shard, mesh: Mesh) -> None:
     """Sum, in place, the gradient rows of units that several ranks of an axis hold."""
-    axis = mesh.axes[shard.split[shard.dim] or "tp"]
-    if axis.size == 1 or not shard.repeated(axis.size):
+    if not shard.sections or not shard.repeated(mesh.axes[shard.split[shard.dim] or "tp"].size):
         return
+    axis = mesh.axes[shard.split[shard.dim] or "tp"]
     local = 0
     for section in shard.sections:
         rows = section.rows(axis.size)
@@ -323,18 +340,20 @@ def reshard(local: Tensor, shard: Shard, old: Layout, new: Layout, world: Axis) 
     places = [(_place(old, rank), _place(new, rank)) for rank in range(world.size)]
     held = [shard.pieces(source) if source else [] for source, _ in places]
     wanted = [shard.pieces(target) if target else [] for _, target in places]
-    outgoing = [
-        _flat([local[_inside(piece, box)] for piece, _, box in _meets(held[world.rank], pieces)]) for pieces in wanted
-    ]
+
+    def sends(source: int, target: int) -> list[tuple[Piece, Piece, Box]]:
+        return _meets(_given(held, source, target), wanted[target])
+
+    outgoing = [_flat([local[_inside(p, box)] for p, _, box in sends(world.rank, r)]) for r in range(world.size)]
     send = [0 if part is None else part.numel() for part in outgoing]
-    receive = [sum(_count(box) for _, _, box in _meets(pieces, wanted[world.rank])) for pieces in held]
+    receive = [sum(_count(box) for _, _, box in sends(rank, world.rank)) for rank in range(world.size)]
     message = _flat([part for part in outgoing if part is not None])
     message = local.new_empty(0) if message is None else message
     arrived = comm.all_to_all(message, world, send, receive).split(receive)
     target = places[world.rank][1]
     result = local.new_zeros(shard.local_shape(target) if target else (0,))
     for rank, values in enumerate(arrived):
-        for _, piece, box in _meets(held[rank], wanted[world.rank]):
+        for _, piece, box in sends(rank, world.rank):
             part, values = values[: _count(box)], values[_count(box) :]
             result[_inside(piece, box)] = part.view([run.stop - run.start for run in box])
     return result
@@ -344,9 +363,17 @@ def _place(layout: Layout, rank: int) -> Place | None:
     return layout.place(rank) if rank < layout.world else None
 
 
+def _given(held: list[list[Piece]], source: int, target: int) -> list[Piece]:
+    """The pieces that ``target`` takes from ``source``: its own, and what it lacks from the first who holds it."""
+    if source == target:
+        return held[source]
+    own = [piece.full for piece in held[target]]
+    return [piece for piece in held[source] if piece.first and piece.full not in own]
+
+
 def _meets(held: list[Piece], wanted: list[Piece]) -> list[tuple[Piece, Piece, Box]]:
-    """What the first holder of ``held`` has for ``wanted``: both pieces, and the box of the whole that they share."""
-    pairs = [(piece, want, _overlap(piece.full, want.full)) for piece in held if piece.first for want in wanted]
+    """What ``held`` has for ``wanted``: both pieces, and the box of the whole that they share."""
+    pairs = [(piece, want, _overlap(piece.full, want.full)) for piece in held for want in wanted]
     return [(piece, want, box) for piece, want, box in pairs if box is not None]
 
 
@@ -361,6 +388,14 @@ def _inside(piece: Piece, box: Box) -> Box:
         slice(m.start + b.start - f.start, m.start + b.stop - f.start)
         for f, m, b in zip(piece.full, piece.local, box, strict=True)
     )
+
+
+def meet(piece: Piece, box: Box) -> tuple[Box, Box] | None:
+    """Where what a piece has of ``box`` stands in the local tensor, and where in ``box``; None if it has nothing."""
+    if (shared := _overlap(piece.full, box)) is None:
+        return None
+    outside = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(shared, box, strict=True))
+    return _inside(piece, shared), outside
 
 
 def _count(box: Box) -> int:

@@ -54,9 +54,7 @@ def packed_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, boundaries: Sequence[int], window: int | None = None
 ) -> Tensor:
     """:func:`packed_attention_reference` by torch's fused attention; neighbouring documents of one length at a time."""
-    outputs = [
-        _equal(q_TNH[rows], k_TKH[rows], v_TKH[rows], length, window) for rows, length in _runs(boundaries)
-    ]
+    outputs = [_equal(q_TNH[rows], k_TKH[rows], v_TKH[rows], length, window) for rows, length in _runs(boundaries)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -11,6 +11,7 @@ from parallel.tp.loss import IGNORE
 
 __all__ = ["IGNORE", "Batch"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """T tokens of one or more documents, one after the other, without padding.
@@ -36,7 +37,9 @@ class Batch:
         return self.tokens_T.shape[0]
 
     @staticmethod
-    def pack(documents: list[Tensor], labels: list[Tensor] | None = None, *, first_index: int = 0, key: int = 0) -> Batch:
+    def pack(
+        documents: list[Tensor], labels: list[Tensor] | None = None, *, first_index: int = 0, key: int = 0
+    ) -> Batch:
         """Documents (each a vector of token ids) packed one after the other; positions count from 0 in each."""
         ends = [0]
         for document in documents:

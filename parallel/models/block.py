@@ -108,7 +108,13 @@ class MLP(nn.Module):
         if config.gated:
             options = build.linear_options(f"{name}.gate_up")
             self.gate_up = MergedColumnParallelLinear(
-                config.hidden, [inner, inner], axis, names=["gate", "up"], bias=config.mlp_bias, std=config.std, **options
+                config.hidden,
+                [inner, inner],
+                axis,
+                names=["gate", "up"],
+                bias=config.mlp_bias,
+                std=config.std,
+                **options,
             )
         else:
             options = build.linear_options(f"{name}.up")

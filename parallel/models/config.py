@@ -27,6 +27,20 @@ class RopeConfig:
     attention: float = option(0.0, "yarn: factor of cos and sin (0: 0.1 ln(factor) + 1)")
     truncate: bool = option(True, "yarn: round the bounds of the ramp to whole dims")
 
+    def scaling_problems(self, head_size: int) -> Iterator[str]:
+        """Why heads of ``head_size`` cannot have such positions."""
+        for name in ("theta", "factor", "low_frequency", "high_frequency", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                yield f"rope.{name} = {getattr(self, name)}: must be above 0"
+        if self.original < 0 or self.attention < 0:
+            yield f"rope.original = {self.original} and rope.attention = {self.attention}: must not be negative"
+        if self.scaling == "llama3" and self.low_frequency >= self.high_frequency:
+            yield f"rope.low_frequency = {self.low_frequency} must be below rope.high_frequency = {self.high_frequency}"
+        if self.scaling == "dynamic" and head_size == 2:
+            yield "rope.scaling = 'dynamic' needs heads of more than 2 dims"
+        if self.scaling == "yarn" and self.theta == 1:
+            yield "rope.scaling = 'yarn' needs rope.theta other than 1"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -82,13 +96,24 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 yield f"{name} = {getattr(self, name)}: must be at least 1"
                 return
+        for name in ("vocabulary", "kv_heads", "head_size", "feed_forward", "window"):
+            if getattr(self, name) < 0:
+                yield f"{name} = {getattr(self, name)}: must not be negative"
+                return
         config = self.resolved()
+        if config.head_size < 1:
+            yield f"hidden = {self.hidden} is less than heads = {self.heads}, and head_size is not given"
+            return
         if not self.head_size and self.hidden % self.heads:
             yield f"hidden = {self.hidden} is not divisible by heads = {self.heads}, and head_size is not given"
         if config.heads % config.kv_heads:
             yield f"heads = {config.heads} is not divisible by kv_heads = {config.kv_heads}"
         if config.positions == "rotary" and config.head_size % 2:
             yield f"head_size = {config.head_size} is odd: rotary positions need pairs"
+        if config.positions == "rotary":
+            yield from self.rope.scaling_problems(config.head_size)
+        if wrong := [layer for layer in self.window_layers if not 0 <= layer < self.layers]:
+            yield f"window_layers names layers {wrong} of a model of {self.layers}"
         for name in ("embedding_dropout", "residual_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} = {getattr(self, name)}: a probability below 1"

@@ -41,7 +41,7 @@ def frequencies(config: DecoderConfig) -> Tensor:
     return plain
 
 
-def _plain(theta: float, size: int, device: torch.device | None = None) -> Tensor:
+def _plain(theta: float | Tensor, size: int, device: torch.device | None = None) -> Tensor:
     return 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size))
 
 
@@ -50,8 +50,11 @@ def _dynamic(config: DecoderConfig, batch: Batch, document: int) -> Tensor:
     first, end = batch.boundaries[document : document + 2]
     rope, size = config.rope, config.head_size
     length = max(int(batch.positions_T[end - 1]) + 1, rope.original)
-    stretch = (rope.factor * length / rope.original) - (rope.factor - 1)
-    theta = rope.theta * stretch ** (size / (size - 2))
+    theta: float | Tensor = rope.theta
+    if length > rope.original:
+        # In float32, as transformers computes it from the length.
+        stretch = rope.factor * torch.tensor(length) / rope.original - (rope.factor - 1)
+        theta = (rope.theta * stretch ** (size / (size - 2))).to(batch.positions_T.device)
     return _plain(theta, size, batch.positions_T.device).expand(end - first, -1)
 
 
@@ -75,8 +78,10 @@ def _yarn(plain: Tensor, config: DecoderConfig) -> Tensor:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / rope.factor * ramp + plain * (1 - ramp)
+    high += 0.001 if low == high else 0.0
+    keep = 1 - ((torch.arange(size // 2).float() - low) / (high - low)).clamp(0, 1)
+    turns = rope.theta ** (torch.arange(0, size, 2).float() / size)
+    return 1.0 / (rope.factor * turns) * (1 - keep) + plain * keep
 
 
 def _attention_factor(rope: RopeConfig) -> float:

@@ -1,6 +1,7 @@
 """Linear layers cut over the tensor-parallel axis (Megatron-LM, arXiv 1909.08053; sequence parallelism, 2205.05198).
 
-A column-parallel layer cuts the output features, a row-parallel layer the input features, so that a column layer followed
+A column-parallel layer cuts the output features, a row-parallel layer the input features, so that a column layer
+followed
 by a row layer communicates once each way. Under sequence parallelism the tokens outside the pair are cut as well: the
 pair begins with an all-gather and ends with a reduce-scatter of tokens.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from parallel import comm
 from parallel.errors import ConfigError, refuse
+from parallel.ledger import caller
 from parallel.mesh import Axis
 from parallel.shard import Section, Shard, fill
 from parallel.tp.method import Dense, LinearMethod
@@ -39,18 +41,24 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.axis, ctx.method, ctx.sequence, ctx.tokens = axis, method, sequence, tokens
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        full = comm.start_all_gather(x, axis, tokens).wait() if sequence else x
+        ctx.place = caller(__file__, comm.__file__)
+        full = comm.start_all_gather(x, axis, tokens, ctx.place).wait() if sequence else x
         return method.product(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gy, (x, weight), axis = grads[0], ctx.saved_tensors, ctx.axis
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        gathered = comm.start_all_gather(x, axis, ctx.tokens) if ctx.sequence and needs_weight else comm.Pending(x)
+        place, gathered = ctx.place + " (backward)", comm.Pending(x)
+        if ctx.sequence and needs_weight:
+            gathered = comm.start_all_gather(x, axis, ctx.tokens, place)
         reduced = None
         if needs_x:
             gx = ctx.method.input_gradient(gy, weight)
-            reduced = comm.start_reduce_scatter(gx, axis) if ctx.sequence else comm.start_all_reduce(gx, axis)
+            if ctx.sequence:
+                reduced = comm.start_reduce_scatter(gx, axis, place)
+            else:
+                reduced = comm.start_all_reduce(gx, axis, place=place)
         full = gathered.wait()
         gw = ctx.method.weight_gradient(gy, full) if needs_weight else None
         gb = gy.sum(0) if ctx.biased and needs_bias else None
@@ -64,14 +72,17 @@ class _RowProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, method: LinearMethod, sequence: bool) -> Tensor:
         ctx.axis, ctx.method, ctx.sequence = axis, method, sequence
         ctx.save_for_backward(x, weight)
+        ctx.place = caller(__file__, comm.__file__)
         y = method.product(x, weight, None)
-        return (comm.start_reduce_scatter(y, axis) if sequence else comm.start_all_reduce(y, axis)).wait()
+        if sequence:
+            return comm.start_reduce_scatter(y, axis, ctx.place).wait()
+        return comm.start_all_reduce(y, axis, place=ctx.place).wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gy, (x, weight) = grads[0], ctx.saved_tensors
         if ctx.sequence:
-            gy = comm.start_all_gather(gy, ctx.axis, x.shape[0]).wait()
+            gy = comm.start_all_gather(gy, ctx.axis, x.shape[0], ctx.place + " (backward)").wait()
         gx = ctx.method.input_gradient(gy, weight) if ctx.needs_input_grad[0] else None
         gw = ctx.method.weight_gradient(gy, x) if ctx.needs_input_grad[1] else None
         return gx, gw, None, None, None
@@ -210,7 +221,21 @@ class ColumnParallelLinear(_ParallelLinear):
             tokens: how many tokens there are on all ranks, where the axis does not divide them.
         """
         y = comm.apply(_ColumnProduct, x_TI, self.weight, self.bias, self.axis, self.method, self._sequence, tokens)
-        return comm.all_gather(y, self.axis, dim=1, grad="replicated") if self.gather_output else y
+        if not self.gather_output:
+            return y
+        y = comm.all_gather(y, self.axis, dim=1, grad="replicated")
+        return y.index_select(1, self._order().to(y.device)) if self.sections and self.axis.size > 1 else y
+
+    def _order(self) -> Tensor:
+        """Where each output feature stands once the ranks' outputs are joined, which is by rank, not by section."""
+        shard, size = self.shards()["weight"], self.axis.size
+        order = torch.empty(self.out_features, dtype=torch.int64)
+        for rank in range(size):
+            for piece in shard.pieces({self.axis.name: (rank, size)}):
+                full, local = piece.full[0], piece.local[0]
+                if piece.first:
+                    order[full] = torch.arange(local.start, local.stop) + rank * self.weight.shape[0]
+        return order
 
     @property
     def _sequence(self) -> bool:
@@ -245,9 +270,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         ConfigError: the axis does not divide the heads, or neither divides nor is a multiple of the key-value heads.
     """
 
-    def __init__(
-        self, hidden: int, head_size: int, heads: int, kv_heads: int, axis: Axis, **options: Any
-    ) -> None:
+    def __init__(self, hidden: int, head_size: int, heads: int, kv_heads: int, axis: Axis, **options: Any) -> None:
         sections = (
             Section(heads * head_size, head_size, name="q"),
             Section(kv_heads * head_size, head_size, repeat=True, name="k"),

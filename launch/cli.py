@@ -1,0 +1,66 @@
+"""``lockstep COMMAND ...`` and ``python -m launch COMMAND ...``: the same program."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from launch.local import run_rank
+from parallel.config import Option
+from parallel.registry import Registry
+
+__all__ = ["Command", "help_text", "main", "positionals"]
+
+Command = Callable[[Sequence[str]], int]
+"""A program: the arguments after its name -> exit code."""
+
+COMMANDS: Registry[Command] = Registry(
+    "command",
+    {
+        "train": "launch.train:main",
+        "export": "launch.export:main",
+        "generate": "launch.generate:main",
+        "verify": "launch.verify:main",
+    },
+)
+
+USAGE = """lockstep: train and serve large transformers; the answer does not depend on the layout
+
+  lockstep train RECIPE [--layout.tp 2 --layout.dp 2 --steps 100 --precision bf16 --out DIR ...]
+  lockstep export RUN MODEL_DIR            a run's latest checkpoint as a Hugging Face folder
+  lockstep generate MODEL_DIR --prompt TEXT [--layout.tp 2 ...]
+  lockstep verify MODEL_DIR_OR_RECIPE --layout.tp 2 ...    is this layout equal to one device?
+
+RECIPE is a TOML file or the name of a built-in one. Started bare, a layout of several ranks starts them on this
+machine; under torchrun, mpirun or srun each process is one rank. `lockstep COMMAND --help` lists every option.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; 2 for input that was refused."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+
+    def run() -> int:
+        return COMMANDS[arguments[0]](arguments[1:])
+
+    return run_rank(run)
+
+
+def help_text(usage: str, leaves: Sequence[Option]) -> str:
+    """Usage, then one line an option: name, default, documentation."""
+    lines = [usage, "", "options:"]
+    for leaf in leaves:
+        default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else str(leaf.default)
+        head = f"  --{leaf.name} {default}" if default else f"  --{leaf.name} ..."
+        lines.append(f"{head:<42} {leaf.doc}")
+    return "\n".join(lines)
+
+
+def positionals(names: Sequence[str], given: Sequence[str], problems: list[str]) -> list[str]:
+    """The positional arguments; a problem is noted where their number is wrong."""
+    if len(given) != len(names):
+        problems.append(f"expected {' '.join(names)}, got {' '.join(given) or 'nothing'}")
+    return [*given, *[""] * len(names)][: len(names)]

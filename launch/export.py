@@ -1,0 +1,67 @@
+"""``export RUN MODEL_DIR``: a run's latest checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from launch.cli import help_text, positionals
+from launch.recipe import PRECISIONS, Recipe
+from parallel.config import option, options, parse_flags, read_toml, resolve
+from parallel.errors import CheckpointError, RunFolderError, refuse
+from parallel.hf import read_config, write_folder
+from zero.checkpoint import Checkpoint, latest
+from zero.data import Prepared
+
+__all__ = ["main"]
+
+USAGE = "lockstep export RUN MODEL_DIR [--OPTION VALUE ...]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """How to write the folder."""
+
+    precision: Literal["master", "fp32", "bf16", "fp64"] = option("master", "of the weights; master: as trained")
+    overwrite: bool = option(False, "replace a folder that is there")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; see :data:`launch.cli.USAGE`."""
+    given, overrides, problems = parse_flags(arguments)
+    if "help" in overrides:
+        print(help_text(USAGE, options(ExportConfig())))
+        return 0
+    run, target = positionals(["RUN", "MODEL_DIR"], given, problems)
+    config = resolve(ExportConfig(), overrides, extra=problems)
+    if not (Path(run) / "config.toml").is_file():
+        raise RunFolderError(f"{run}: not a run folder (no config.toml)")
+    recipe = resolve(Recipe(), read_toml(Path(run) / "config.toml"))
+    found = latest(Path(run) / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{run}: has no checkpoint yet")
+    checkpoint = Checkpoint.open(found)
+    refuse(CheckpointError, checkpoint.problems())
+    prepared = Prepared.load(recipe.data_folder)
+    model = read_config(Path(recipe.init)) if recipe.init else recipe.model
+    if not model.vocabulary:
+        model = dataclasses.replace(model, vocabulary=prepared.vocabulary)
+    trained = torch.float64 if recipe.precision == "fp64" else torch.float32
+    dtype = trained if config.precision == "master" else PRECISIONS[config.precision]
+    write_folder(
+        model.resolved(),
+        checkpoint.whole,
+        Path(target),
+        dtype=dtype,
+        tokenizer=prepared.folder,
+        bos=prepared.end_of_text,
+        eos=prepared.end_of_text,
+        overwrite=config.overwrite,
+    )
+    print(f"{target}: step {checkpoint.step} of {run}")
+    return 0

@@ -1,0 +1,125 @@
+"""A recipe: everything that decides a training run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from parallel.config import option, read_toml, resolve
+from parallel.errors import ConfigError, nearest
+from parallel.mesh import Layout
+from parallel.models.config import DecoderConfig
+from zero.data import DataConfig
+from zero.loader import Loader
+from zero.optimizer import OptimizerConfig, ZeroConfig
+from zero.schedule import ScheduleConfig
+from zero.trainer import TrainerConfig
+
+__all__ = ["PRECISIONS", "BatchConfig", "Recipe", "layout_refusals", "load_recipe", "recipes"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Precision = Literal["fp32", "bf16", "fp64"]
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """What one optimizer step learns from."""
+
+    sequence: int = option(256, "tokens of a sequence")
+    sequences: int = option(8, "sequences a step, over all ranks")
+    microbatches: int = option(1, "parts of a step that a rank works on one after the other")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A training run."""
+
+    out: str = option("", "run folder (empty: runs/<name of the recipe>)")
+    seed: int = option(0, "of initial weights, dropout and data order")
+    steps: int = option(100, "optimizer steps")
+    precision: Precision = option("fp32", "of weights and activations; master weights are fp32, or fp64")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "form again in backward: nothing, attention, blocks"
+    )
+    init: str = option("", "Hugging Face folder to start from; its configuration replaces model.*")
+    layout: Layout = option(Layout(), "degrees of parallelism")
+    model: DecoderConfig = option(DecoderConfig(), "the model")
+    data: DataConfig = option(DataConfig(), "the text")
+    batch: BatchConfig = option(BatchConfig(), "the step")
+    optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    schedule: ScheduleConfig = option(ScheduleConfig(), "the learning rate")
+    zero: ZeroConfig = option(ZeroConfig(), "cutting of training state")
+    trainer: TrainerConfig = option(TrainerConfig(), "the loop")
+
+    def problems(self) -> Iterator[str]:
+        """Why these options do not go together."""
+        if self.steps < 1:
+            yield f"steps = {self.steps}: must be at least 1"
+        yield from layout_refusals(self.layout)
+        if not any(True for _ in self.model.problems()) and self.layout.tp >= 1 and not self.init:
+            yield from self.model.layout_problems(self.layout.tp)
+        if self.layout.dp >= 1:
+            batch = self.batch
+            yield from (
+                f"batch: {problem}"
+                for problem in Loader.problems(
+                    sequence=batch.sequence,
+                    sequences=batch.sequences,
+                    microbatches=batch.microbatches,
+                    size=self.layout.dp,
+                )
+            )
+        if self.model.positions == "learned" and self.batch.sequence > self.model.max_positions:
+            longest = self.model.max_positions
+            yield f"batch.sequence = {self.batch.sequence} is longer than model.max_positions = {longest}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of ``precision``."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def data_folder(self) -> Path:
+        """Where the packed data goes: beside the run, shared by all runs over the same text and tokenizer."""
+        identity = json.dumps(self.data.identity(), sort_keys=True)
+        return Path(self.out).parent / "data" / hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def layout_refusals(layout: Layout) -> Iterator[str]:
+    """The kinds of parallelism that are not there yet, each with the nearest layout that works."""
+    for name, what in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert"), ("etp", "expert-tensor")):
+        degree = getattr(layout, name)
+        if degree > 1:
+            instead = f" with layout.dp = {layout.dp * degree}" if name in ("pp", "cp") else ""
+            yield (
+                f"layout.{name} = {degree}: this version has no {what} parallelism; the nearest layout that works has "
+                f"layout.{name} = 1{instead}"
+            )
+
+
+def recipes() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any], extra: Iterable[str] = ()) -> Recipe:
+    """The recipe of a TOML file or a built-in name, with command-line overrides.
+
+    Raises:
+        ConfigError: every problem of file and overrides together.
+    """
+    path = _FOLDER / f"{name}.toml" if name in recipes() else Path(name)
+    if name not in recipes() and path.suffix != ".toml":
+        known = ", ".join(recipes())
+        raise ConfigError([*extra, f"no recipe {name!r}{nearest(name, recipes())}; a TOML file, or one of: {known}"])
+    table = read_toml(path)
+    return resolve(Recipe(out=f"runs/{path.stem}"), table, overrides, extra=extra)

@@ -1,0 +1,270 @@
+"""A Hugging Face folder, inspected: its configuration, and every tensor accounted for from the headers alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from parallel.errors import ModelFolderError, nearest, refuse
+from parallel.hf.table import Part, parts
+from parallel.models.config import DecoderConfig
+from parallel.models.families import FAMILIES
+
+__all__ = ["HEAD", "INDEX", "SINGLE", "Entry", "Folder", "check_folder", "inspect", "read_config"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_SHOWN = 20  # problems of one kind; the rest are counted
+_ROWS = 1024  # rows of the vocabulary that are compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a folder, as its file's header describes it.
+
+    Attributes:
+        file: that holds it.
+        name: in that file.
+        shape, kind: its shape, and its type in the words of safetensors (``BF16``).
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder without problems.
+
+    Attributes:
+        config: of the model, resolved.
+        parts: our parameter name -> the tensors that hold it.
+        entries: their names -> where they are.
+    """
+
+    config: DecoderConfig
+    parts: Mapping[str, tuple[Part, ...]]
+    entries: Mapping[str, Entry]
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """The configuration in a folder's config.json, resolved.
+
+    Raises:
+        ModelFolderError: with everything in it that is missing, malformed or not supported.
+    """
+    path = Path(folder) / "config.json"
+    config = _read_json(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        hint = nearest(str(kind), FAMILIES)
+        raise ModelFolderError(f"{path}: unknown model_type {kind!r}{hint}; there are: {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[kind].read(config)
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{path}: {problem}" for problem in error.problems) from None
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Every reason why :func:`~parallel.hf.load.load_model` would refuse a folder; reads headers, allocates nothing."""
+    try:
+        inspect(folder)
+    except ModelFolderError as error:
+        return list(error.problems)
+    return []
+
+
+def inspect(folder: Path) -> Folder:
+    """A folder's configuration and tensors.
+
+    Raises:
+        ModelFolderError: with every problem of the configuration, of the files and of the tensors.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such folder")
+    problems: list[str] = []
+    config = None
+    try:
+        config = read_config(folder)
+    except ModelFolderError as error:
+        problems += error.problems
+    entries, complete = _read_headers(folder, problems)
+    if config is None:
+        raise ModelFolderError(problems)
+    family = FAMILIES[config.family]
+    if entries and not any(name.startswith(family.prefix) for name in entries):
+        entries = {name if name == HEAD else family.prefix + name: entry for name, entry in entries.items()}
+    table = parts(config)
+    problems += _account(config, table, entries, complete)
+    refuse(ModelFolderError, problems)
+    if config.tied and HEAD in entries:
+        refuse(ModelFolderError, _head_problems(entries[HEAD], entries[table["embedding.weight"][0].name]))
+    return Folder(config, table, entries)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelFolderError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path}: must hold an object")
+    return value
+
+
+def _read_headers(folder: Path, problems: list[str]) -> tuple[dict[str, Entry], bool]:
+    """Every tensor of the folder, and whether all files could be read."""
+    index: dict[str, str] | None = None
+    if (folder / INDEX).exists():
+        try:
+            index = _read_index(folder / INDEX)
+        except ModelFolderError as error:
+            problems += error.problems
+            return {}, False
+    files = [SINGLE] if index is None else sorted(set(index.values()))
+    if index is not None and (folder / SINGLE).exists() and SINGLE not in files:
+        problems.append(f"{folder}: holds both {SINGLE} and {INDEX}, which names other files: remove one")
+    if index is None and not (folder / SINGLE).exists():
+        problems.append(_absent(folder))
+        return {}, False
+    entries: dict[str, Entry] = {}
+    complete = True
+    for file in files:
+        try:
+            found = _read_header(folder / file)
+        except ModelFolderError as error:
+            problems += error.problems
+            complete = False
+            continue
+        for entry in found:
+            if entry.name in entries:
+                problems.append(f"{entry.name} is in both {entries[entry.name].file.name} and {file}")
+            entries[entry.name] = entry
+    if index is not None and complete:
+        wrong = [name for name, file in index.items() if name in entries and entries[name].file.name != file]
+        problems += [f"{INDEX}: {name} is not in {index[name]} but in {entries[name].file.name}" for name in wrong]
+        unlisted = [
+            f"{e.file.name} holds {name}, which {INDEX} does not list"
+            for name, e in entries.items()
+            if name not in index
+        ]
+        problems += _first(unlisted, "tensors that the index does not list")
+    return entries, complete
+
+
+def _absent(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder}: has no {SINGLE}; {pickled[0]} is a pickle, which can run code when it is read: convert it "
+            "to safetensors first"
+        )
+    return f"{folder}: has neither {SINGLE} nor {INDEX}"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name.
+
+    Raises:
+        ModelFolderError: malformed, or naming a file outside the folder.
+    """
+    table = _read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ModelFolderError(f"{path}: has no weight_map")
+    wrong = {str(file) for file in table.values() if not _is_plain(file)}
+    refuse(
+        ModelFolderError,
+        (f"{path}: {file!r} is not the name of a .safetensors file in the folder" for file in sorted(wrong)),
+    )
+    return table
+
+
+def _is_plain(file: Any) -> bool:
+    return (
+        isinstance(file, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None and not file.startswith(".")
+    )
+
+
+def _read_header(path: Path) -> list[Entry]:
+    """The tensors of one file.
+
+    Raises:
+        ModelFolderError: absent, truncated, or not safetensors.
+    """
+    if not path.is_file():
+        raise ModelFolderError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return [Entry(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelFolderError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _account(
+    config: DecoderConfig, table: Mapping[str, tuple[Part, ...]], entries: Mapping[str, Entry], complete: bool
+) -> Iterator[str]:
+    """What is missing, what is too much, what does not fit."""
+    expected = {part.name: (ours, part) for ours, held in table.items() for part in held}
+    ignored = [re.compile(pattern) for pattern in FAMILIES[config.family].ignored]
+    if complete:
+        yield from _first(
+            [f"{name} is missing ({expected[name][0]})" for name in expected if name not in entries], "tensors"
+        )
+    unexpected = [
+        f"{entry.file.name}: {name} is not a tensor of this {config.family} model{nearest(name, expected)}"
+        for name, entry in entries.items()
+        if name not in expected
+        and not (name == HEAD and config.tied)
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
+    yield from _first(unexpected, "unexpected tensors")
+    misshapen: list[str] = []
+    untyped: list[str] = []
+    for name, (ours, part) in expected.items():
+        if (entry := entries.get(name)) is None:
+            continue
+        if entry.shape != part.shape:
+            stored = " (stored transposed)" if part.transposed else ""
+            misshapen.append(
+                f"{entry.file.name}: {name} has shape {list(entry.shape)}; by config.json it is "
+                f"{list(part.shape)}{stored} ({ours})"
+            )
+        if entry.kind not in _FLOATS:
+            untyped.append(f"{entry.file.name}: {name} has type {entry.kind}; {', '.join(_FLOATS)} are read")
+    yield from _first(misshapen, "tensors of the wrong shape")
+    yield from _first(untyped, "tensors of the wrong type")
+
+
+def _first(problems: list[str], kind: str) -> list[str]:
+    more = len(problems) - _SHOWN
+    return problems if more <= 0 else [*problems[:_SHOWN], f"... and {more} more {kind}"]
+
+
+def _head_problems(head: Entry, embedding: Entry) -> Iterator[str]:
+    """Why a head that is stored beside the embedding it is tied to cannot be left unread."""
+    tied = f"{head.file.name}: {HEAD} differs from {embedding.name}, although config.json ties them"
+    if head.shape != embedding.shape or head.kind not in _FLOATS:
+        yield f"{tied}: {head.kind} {list(head.shape)} and {embedding.kind} {list(embedding.shape)}"
+        return
+    with safe_open(head.file, "pt") as a, safe_open(embedding.file, "pt") as b:
+        ours, theirs = a.get_slice(head.name), b.get_slice(embedding.name)
+        for first in range(0, head.shape[0], _ROWS):
+            rows = slice(first, min(first + _ROWS, head.shape[0]))
+            if not torch.equal(ours[rows].double(), theirs[rows].double()):
+                yield tied
+                return

@@ -1,0 +1,19 @@
+"""Model families: how each Hugging Face architecture is read, written and named."""
+
+from __future__ import annotations
+
+from parallel.models.families.family import Family, Stored
+from parallel.registry import Registry
+
+__all__ = ["FAMILIES", "Family", "Stored"]
+
+FAMILIES: Registry[Family] = Registry(
+    "model family",
+    {
+        "llama": "parallel.models.families.llama:FAMILY",
+        "mistral": "parallel.models.families.mistral:FAMILY",
+        "qwen2": "parallel.models.families.qwen2:FAMILY",
+        "qwen3": "parallel.models.families.qwen3:FAMILY",
+        "gpt2": "parallel.models.families.gpt2:FAMILY",
+    },
+)

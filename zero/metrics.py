@@ -1,0 +1,114 @@
+"""What a step reports, what it cost against what the machine can do, and the JSON Lines file it is written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from parallel.models.batch import Batch
+from parallel.models.config import DecoderConfig
+
+__all__ = ["Metrics", "MetricsLog", "measured_peak", "peak_memory", "training_flops"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """One optimizer step.
+
+    Attributes:
+        step: from 1.
+        loss: mean over the step's tokens, nats.
+        grad_norm: of all gradients before clipping.
+        lr: learning rate.
+        tokens: labels learned from so far.
+        skipped: whether the update was left out because the gradients were not finite.
+        seconds: of this step, without validation and saving.
+        tokens_per_second: of all ranks together.
+        mfu: model FLOPs a second over the measured peak of all ranks.
+        peak_memory: of this process (CUDA: of its device), bytes.
+        validation_loss: nats a token, where it was measured.
+        bits_per_byte: of the validation text.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    skipped: bool
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    peak_memory: int
+    validation_loss: float | None = None
+    bits_per_byte: float | None = None
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one object a step, in order. Steps after ``resume_at`` are cut off when it is opened."""
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        kept: list[bytes] = []
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n") or json.loads(line)["step"] > resume_at:
+                    break
+                kept.append(line)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one step; it is in the file when this returns."""
+        values = {name: value for name, value in asdict(metrics).items() if value is not None}
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def training_flops(config: DecoderConfig, batches: Iterable[Batch]) -> float:
+    """Floating-point operations of forward and backward: 6 a weight and token, and causal attention by document."""
+    c = config
+    attention = c.hidden * c.head_size * (2 * c.heads + 2 * c.kv_heads)
+    mlp = c.hidden * c.feed_forward * (3 if c.gated else 2)
+    weights = c.layers * (attention + mlp) + c.hidden * c.vocabulary
+    total = 0.0
+    for batch in batches:
+        squares = sum((b - a) ** 2 for a, b in zip(batch.boundaries, batch.boundaries[1:], strict=False))
+        total += 6.0 * weights * len(batch) + 6.0 * c.layers * c.heads * c.head_size * squares
+    return total
+
+
+def measured_peak(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.1) -> float:
+    """Floating-point operations a second of a square matrix product, the best of those that fit in ``seconds``."""
+    size = 8 * size if device.type == "cuda" else size
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    torch.mm(a, b)
+    while best == float("inf") or time.perf_counter() < end:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, bytes (CUDA: allocated on the device)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,214 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from parallel import comm
+from parallel.config import option
+from parallel.mesh import Mesh
+from parallel.models.batch import IGNORE, Batch
+from parallel.models.decoder import Decoder
+from zero import checkpoint
+from zero.metrics import Metrics, MetricsLog, measured_peak, peak_memory, training_flops
+from zero.optimizer import ZeroOptimizer
+from zero.run import RunFolder
+from zero.schedule import ScheduleConfig
+
+__all__ = ["Trainer", "TrainerConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """What to do on the way."""
+
+    label_smoothing: float = option(0.0, "weight of the uniform distribution in the loss")
+    z_loss: float = option(0.0, "weight of the squared log-sum-exp in the loss")
+    validate_every: int = option(0, "steps between validations (0: only at the end)")
+    save_every: int = option(0, "steps between checkpoints (0: only at the end)")
+    keep: int = option(2, "checkpoints that stay")
+
+    def problems(self) -> Iterator[str]:
+        """Why such a run cannot be."""
+        for name in ("validate_every", "save_every"):
+            if getattr(self, name) < 0:
+                yield f"{name} = {getattr(self, name)}: must not be negative"
+        if self.keep < 1:
+            yield f"keep = {self.keep}: at least one checkpoint must stay"
+        if not 0 <= self.label_smoothing < 1:
+            yield f"label_smoothing = {self.label_smoothing}: must be at least 0 and below 1"
+        if self.z_loss < 0:
+            yield f"z_loss = {self.z_loss}: must not be negative"
+
+
+class Trainer:
+    """Steps of one model on all ranks of a mesh.
+
+    Args:
+        model: built on the mesh.
+        optimizer: over the same model.
+        mesh: where.
+        steps: optimizer steps of the whole run.
+        config: of the loop.
+        schedule: of the learning rate.
+        data: step (from 0) -> this rank's microbatches; a pure function, so that the step is the data position.
+        validation: -> this rank's validation batches.
+        bytes_per_token: of the validation text, for bits per byte.
+        folder: where checkpoints and metrics go; None writes nothing.
+        report: called on rank 0 after every step.
+        stop: asked on every rank before every step; when any rank says yes, all save and return.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: ZeroOptimizer,
+        mesh: Mesh,
+        *,
+        steps: int,
+        config: TrainerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        data: Callable[[int], Sequence[Batch]] | None = None,
+        validation: Callable[[], Iterable[Batch]] | None = None,
+        bytes_per_token: float = 0.0,
+        folder: RunFolder | None = None,
+        report: Callable[[Metrics], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.model, self.optimizer, self.mesh, self.steps = model, optimizer, mesh, steps
+        self.config = TrainerConfig() if config is None else config
+        self.schedule = ScheduleConfig(kind="constant", warmup=0) if schedule is None else schedule
+        self.data, self.validation, self.bytes_per_token = data, validation, bytes_per_token
+        self.folder, self.report, self.stop = folder, report, stop
+        self.done = 0
+        self.tokens = 0
+        self._peak = 0.0
+        self._loss_options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
+
+    def step(self, batches: Sequence[Batch]) -> Metrics:
+        """One optimizer step over this rank's microbatches; what it returns is the same on every rank."""
+        started = time.perf_counter()
+        self.model.train()
+        batches = [batch.to(self.mesh.device) for batch in batches]
+        count = self._count(batches)
+        lr = self.optimizer.config.lr * self.schedule.factor(self.done, self.steps)
+        self.optimizer.begin()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for index, batch in enumerate(batches):
+            self.optimizer.expect_last(index == len(batches) - 1)
+            loss = self.model.loss(batch, scale=1 / count, **self._loss_options)
+            loss.total.backward()
+            total += loss.losses_T.sum()
+        norm = self.optimizer.step(lr)
+        mean = float(comm.sum_(total, self.mesh.data)) / count
+        self.done += 1
+        self.tokens += count
+        seconds = time.perf_counter() - started
+        return Metrics(
+            step=self.done,
+            loss=mean,
+            grad_norm=norm,
+            lr=lr,
+            tokens=self.tokens,
+            skipped=not math.isfinite(norm),
+            seconds=seconds,
+            tokens_per_second=count / seconds,
+            mfu=self._utilization(batches, seconds),
+            peak_memory=peak_memory(self.mesh.device),
+        )
+
+    def _count(self, batches: Iterable[Batch]) -> int:
+        """Labels of the step on all ranks."""
+        own = sum(int((batch.labels_T != IGNORE).sum()) for batch in batches if batch.labels_T is not None)
+        return max(1, int(comm.sum_(torch.tensor(own, device=self.mesh.device), self.mesh.data)))
+
+    def _utilization(self, batches: Sequence[Batch], seconds: float) -> float:
+        if not self._peak:
+            return 0.0
+        flops = training_flops(self.model.config, batches) / self.mesh.tp.size
+        return flops / seconds / self._peak
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float] | None:
+        """Mean loss in nats a token and bits a byte over the validation batches of all ranks; None without any."""
+        if self.validation is None:
+            return None
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        for batch in self.validation():
+            batch = batch.to(self.mesh.device)
+            assert batch.labels_T is not None
+            sums[0] += self.model.loss(batch).losses_T.sum()
+            sums[1] += (batch.labels_T != IGNORE).sum()
+        total, count = comm.sum_(sums, self.mesh.data).tolist()
+        if not count:
+            return None
+        loss = total / count
+        return loss, loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else 0.0
+
+    def resume(self) -> bool:
+        """Continue from the latest checkpoint of the folder, if there is one; whether there was.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        found = checkpoint.latest(self.folder.checkpoints) if self.folder else None
+        if found is None:
+            return False
+        loaded = checkpoint.load(found, self.mesh, self.optimizer)
+        self.done, self.tokens = loaded.step, loaded.tokens
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.folder:
+            checkpoint.save(
+                self.folder.checkpoints,
+                self.mesh,
+                self.optimizer,
+                step=self.done,
+                tokens=self.tokens,
+                keep=self.config.keep,
+            )
+
+    def run(self) -> bool:
+        """Train from where the run stands to its end; False if it was asked to stop before."""
+        assert self.data is not None, "run() needs data"
+        first = self.mesh.rank == 0
+        log = MetricsLog(self.folder.metrics, self.done) if first and self.folder else None
+        self._peak = measured_peak(next(self.model.parameters()).dtype, self.mesh.device)
+        saved = self.done
+        try:
+            while self.done < self.steps:
+                if self._stop_everywhere():
+                    break
+                metrics = self._validated(self.step(self.data(self.done)))
+                if log:
+                    log.write(metrics)
+                if first and self.report:
+                    self.report(metrics)
+                if self.config.save_every and self.done % self.config.save_every == 0:
+                    self.save()
+                    saved = self.done
+            if saved != self.done:
+                self.save()
+        finally:
+            if log:
+                log.close()
+        return self.done >= self.steps
+
+    def _validated(self, metrics: Metrics) -> Metrics:
+        every = self.config.validate_every
+        if not (self.done == self.steps or (every and self.done % every == 0)):
+            return metrics
+        result = self.validate()
+        return metrics if result is None else replace(metrics, validation_loss=result[0], bits_per_byte=result[1])
+
+    def _stop_everywhere(self) -> bool:
+        asked = torch.tensor(int(self.stop()), device=self.mesh.device)
+        return bool(comm.sum_(asked, self.mesh.world, "max"))
