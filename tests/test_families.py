@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,49 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def random_case(kind: str, seed: int) -> dict[str, Any]:
+    """Any configuration that the family allows."""
+    draw = random.Random(f"{kind} {seed}")
+    heads = draw.choice([1, 2, 3, 4, 5, 6])
+    size = 2 * draw.randint(1, 6)
+    if kind == "gpt2":
+        values = {"n_embd": heads * (size - 1), "n_head": heads, "n_inner": draw.choice([None, 17]), "n_positions": 29}
+        return {"vocab_size": draw.randint(50, 120), "n_layer": draw.randint(1, 3), **values}
+    values: dict[str, Any] = {
+        "vocab_size": draw.randint(50, 120),
+        "hidden_size": heads * draw.randint(3, 9),
+        "intermediate_size": draw.randint(1, 60),
+        "num_hidden_layers": draw.randint(1, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([kv for kv in range(1, heads + 1) if heads % kv == 0]),
+        "head_dim": size,
+        "max_position_embeddings": draw.randint(6, 40),
+        "rms_norm_eps": draw.choice([1e-6, 1e-3]),
+        "tie_word_embeddings": draw.random() < 0.5,
+        "hidden_act": draw.choice(["silu", "gelu", "gelu_pytorch_tanh"]),
+        "attention_bias": draw.random() < 0.5,
+        "mlp_bias": draw.random() < 0.5,
+        "sliding_window": None if kind == "llama" else draw.randint(1, 30),
+        "use_sliding_window": draw.random() < 0.7,
+        "max_window_layers": draw.randint(0, 3),
+    }
+    if kind == "mistral":
+        del values["use_sliding_window"]
+    factor, original = draw.uniform(1, 9), draw.randint(4, 30)
+    scalings = [
+        rope("default", draw.uniform(5, 1e5)),
+        rope("linear", draw.uniform(5, 1e5), factor=factor),
+        rope("llama3", 20.0, factor=factor, low_freq_factor=1, high_freq_factor=3, original_max_position_embeddings=9),
+        rope("yarn", draw.uniform(5, 1e5), factor=factor, original_max_position_embeddings=original),
+    ]
+    if size > 2:
+        scalings.append(rope("dynamic", draw.uniform(5, 1e5), factor=factor))
+    return values | draw.choice(scalings)
+
+
+CASES |= {f"{kind}-random-{seed}": random_case(kind, seed) for kind in FAMILIES for seed in range(3)}
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     threads = torch.get_num_threads()
@@ -156,6 +200,7 @@ def assert_same_function(ours: Decoder, theirs: Any) -> None:
     table = parts(ours.config)
     for name, parameter in ours.named_parameters():
         wanted = torch.cat([gradients[p.name].t() if p.transposed else gradients[p.name] for p in table[name]])
+        assert parameter.grad is not None
         assert relative(parameter.grad, wanted) < 1e-10, name
     assert {part.name for held in table.values() for part in held} == set(gradients)
 
@@ -196,8 +241,9 @@ def test_equal_to_transformers(case: str, tmp_path: Path) -> None:
 
 def described(case: str) -> dict[str, Any]:
     """A release-4 config.json of a case."""
-    config = {"model_type": case.split("-", maxsplit=1)[0]} | CASES[case]
-    if table := dict(config.pop("rope_parameters", {})):
+    config: dict[str, Any] = {"model_type": case.split("-", maxsplit=1)[0]} | CASES[case]
+    table: dict[str, Any] = dict(config.pop("rope_parameters", {}))
+    if table:
         config["rope_theta"] = table.pop("rope_theta")
         table["type"] = table.pop("rope_type")
         config["rope_scaling"] = table if table["type"] != "default" else None

@@ -458,7 +458,7 @@ def test_what_the_ranks_cannot_share_is_refused() -> None:
     axis = Mesh.fake(Layout(tp=4), 0).tp
     with pytest.raises(ConfigError, match="ColumnParallelLinear: 4 tensor-parallel ranks cannot share the 6 units"):
         ColumnParallelLinear(4, 6, axis)
-    with pytest.raises(ConfigError, match="RowParallelLinear: 4 .* 6 units"):
+    with pytest.raises(ConfigError, match=r"RowParallelLinear: 4 .* 6 units"):
         RowParallelLinear(6, 4, axis)
     with pytest.raises(ConfigError) as refused:
         MergedColumnParallelLinear(4, [6, 8, 7], axis)

@@ -24,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _SHOWN = 20  # problems of one kind; the rest are counted
+_VALUES = 1 << 44  # in one tensor
+_LAYERS = 1 << 14
 _ROWS = 1024  # rows of the vocabulary that are compared at a time
 
 
@@ -101,6 +103,9 @@ def inspect(folder: Path) -> Folder:
     except ModelFolderError as error:
         problems += error.problems
     entries, complete = _read_headers(folder, problems)
+    if config is not None and (absurd := list(_absurd(config, len(entries)))):
+        problems += [f"{folder / 'config.json'}: {problem}" for problem in absurd]
+        config = None
     if config is None:
         raise ModelFolderError(problems)
     family = FAMILIES[config.family]
@@ -213,6 +218,15 @@ def _read_header(path: Path) -> list[Entry]:
             return [Entry(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelFolderError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _absurd(config: DecoderConfig, tensors: int) -> Iterator[str]:
+    """Sizes that no folder has, and whose table alone could not be made."""
+    if tensors and config.layers > tensors:
+        yield f"asks for {config.layers} layers, the folder holds {tensors} tensors"
+    rows = (config.vocabulary, config.max_positions, config.feed_forward, config.heads * config.head_size)
+    if max(rows) * config.hidden > _VALUES or config.layers > _LAYERS:
+        yield "asks for a model of impossible size"
 
 
 def _account(

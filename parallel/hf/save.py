@@ -84,8 +84,8 @@ def write_folder(
         _write_json(draft / "config.json", described)
         _write_json(draft / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         for file in _TOKENIZER_FILES if tokenizer is not None else ():
-            if tokenizer is not None and (tokenizer / file).is_file():
-                shutil.copyfile(tokenizer / file, draft / file)
+            if tokenizer is not None and (Path(tokenizer) / file).is_file():
+                shutil.copyfile(Path(tokenizer) / file, draft / file)
         _publish(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -105,7 +105,7 @@ def _config_problems(config: DecoderConfig) -> Iterator[str]:
 
 
 def _problems(folder: Path, tokenizer: Path | None, overwrite: bool) -> Iterator[str]:
-    if tokenizer is not None and not any((tokenizer / file).is_file() for file in _TOKENIZER_FILES):
+    if tokenizer is not None and not any((Path(tokenizer) / file).is_file() for file in _TOKENIZER_FILES):
         yield f"{tokenizer}: holds no tokenizer"
     if folder.exists() and not folder.is_dir():
         yield f"{folder}: is a file"

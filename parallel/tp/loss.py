@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from parallel import comm
+from parallel.errors import DataError
 from parallel.mesh import Axis
 from parallel.tp.method import Dense, LinearMethod
 
@@ -84,6 +85,13 @@ def _gradient_(softmax_TV: Tensor, lse_T: Tensor, labels_T: Tensor, weight_T: Te
     return softmax_TV
 
 
+def _check(labels_T: Tensor, vocabulary: int) -> None:
+    if labels_T.device.type == "cpu":
+        bad_T = labels_T[((labels_T < 0) & (labels_T != IGNORE)) | (labels_T >= vocabulary)]
+        if bad_T.numel():
+            raise DataError(f"label {int(bad_T[0])} is outside the vocabulary of {vocabulary}")
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -121,8 +129,12 @@ def vocab_parallel_cross_entropy(
         vocabulary: columns of all ranks without padding; default: all.
         label_smoothing: weight of the uniform distribution.
         z_loss: weight of the squared log-sum-exp.
+
+    Raises:
+        DataError: a label outside the vocabulary (checked where the labels are on the CPU).
     """
     terms = _Terms(axis, vocabulary or logits_TV.shape[1] * axis.size, label_smoothing, z_loss)
+    _check(labels_T, terms.vocabulary)
     return comm.apply(_CrossEntropy, logits_TV, labels_T, terms)
 
 
@@ -199,9 +211,15 @@ def vocab_parallel_linear_cross_entropy(
         sequence_parallel: gather the tokens first.
         block: tokens whose logits exist at a time.
         method: how the head multiplies.
+
+    Raises:
+        DataError: a label outside the vocabulary (checked where the labels are on the CPU).
     """
     method = Dense() if method is None else method
     terms = _Terms(axis, vocabulary or weight_VD.shape[0] * axis.size, label_smoothing, z_loss, method)
+    _check(labels_T, terms.vocabulary)
+    if not torch.is_grad_enabled():
+        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     if sequence_parallel:
         x_TD = comm.all_gather(x_TD, axis, total=labels_T.shape[0])
     else:

@@ -63,7 +63,7 @@ class Family:
         decoder = DecoderConfig(family=self.model_type, **fields)
         refuse(ModelFolderError, decoder.problems())
         decoder = decoder.resolved()
-        refuse(ModelFolderError, self.misfits(decoder))
+        refuse(ModelFolderError, self.problems(decoder))
         return decoder
 
     def problems(self, config: DecoderConfig) -> Iterator[str]:

@@ -80,7 +80,7 @@ class Keys:
         value = self._get(key, default)
         if value is default:
             return 1.0 if value is _REQUIRED else value
-        if isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf:
+        if isinstance(value, int | float) and not isinstance(value, bool) and above < value < 1e300:
             return float(value)
         self._wrong(key, "must be a number" if above == -math.inf else f"must be a number above {above:g}")
         return 1.0
@@ -126,7 +126,9 @@ class Keys:
             self.neutral(key, None, *values, reason=_REASONS.get(key, "is not supported"))
         given = self._get("architectures", None)
         names = {architecture.lower(), architecture.replace("ForCausalLM", "Model").replace("LMHead", "").lower()}
-        if given is not None and not (isinstance(given, list) and any(str(name).lower() in names for name in given)):
+        if given not in (None, []) and not (
+            isinstance(given, list) and any(str(name).lower() in names for name in given)
+        ):
             self._wrong("architectures", f"must name {architecture}")
 
     def add(self, problem: str) -> None:

@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: ``rope_theta`` and ``rope_scaling`` (release 4), ``rope_parameters`` (release 5)."""
+"""Rotary positions in config.json: ``rope_theta`` and ``rope_scaling`` (release 4), ``rope_parameters`` (release 5)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+# make demo: everything, from a bare clone to a trained and used model.   make test: lint, types, tests.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: help env demo test lint types tests format bench clean
+
+help:
+	@echo "make demo   train a small model on 4 local ranks, export it, check it, let it write"
+	@echo "make test   lint, types and tests"
+	@echo "make bench  every benchmark, with the ratios it prints"
+	@echo "make env    only the environment, into .venv"
+
+env: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=...'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: env
+	rm -rf $(DEMO)
+	$(BIN)/python -m launch train tiny --layout.tp 2 --layout.dp 2 --out $(DEMO)
+	$(BIN)/python -m launch export $(DEMO) $(DEMO)/model
+	$(BIN)/python examples/same_logits.py $(DEMO)/model
+	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "def read_"
+	$(BIN)/python examples/plot_loss.py $(DEMO)
+
+test: lint types tests
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: env
+	$(BIN)/basedpyright
+
+tests: env
+	$(BIN)/python -m pytest
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: env
+	$(BIN)/python benchmarks/all.py
+
+clean:
+	rm -rf .venv runs
