@@ -15,7 +15,7 @@ from launch.cli import help_text, positionals
 from launch.ranks import on_ranks
 from launch.recipe import PRECISIONS, Precision, layout_refusals
 from parallel.config import option, options, parse_flags, resolve
-from parallel.errors import ConfigError, DataError, refuse
+from parallel.errors import ConfigError, DataError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout, Mesh
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     config = resolve(GenerateConfig(), overrides, extra=problems)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, sequence_parallel=False))
     prompts = _prompts(config)
-    check_folder(Path(folder))
+    refuse(ModelFolderError, check_folder(Path(folder)))
     refuse(ConfigError, read_config(Path(folder)).layout_problems(config.layout.tp))
     return on_ranks(
         ["generate", *arguments], config.layout, config.device, lambda mesh: _generate(config, folder, prompts, mesh)

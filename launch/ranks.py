@@ -14,6 +14,7 @@ import torch
 
 from launch.env import Placement, connect, detect, disconnect
 from launch.local import run_local
+from launch.memory import keep_freed_memory
 from parallel.errors import ConfigError
 from parallel.mesh import Layout, Mesh
 
@@ -39,6 +40,7 @@ def on_ranks(
             f"{place.source} started {place.world} ranks, but layout pp={layout.pp} dp={layout.dp} cp={layout.cp} "
             f"tp={layout.tp} needs {layout.world}; the nearest layout that works has dp={_nearest_dp(layout, place)}"
         )
+    keep_freed_memory()
     chosen = choose_device(device, place.local_rank if place else 0)
     if place is None or place.world == 1:
         return body(Mesh.build(layout, chosen))

@@ -19,7 +19,7 @@ from launch.ranks import first_of_all, on_ranks
 from launch.recipe import Recipe, load_recipe, recipes
 from parallel import comm, rng
 from parallel.config import options, parse_flags, resolve
-from parallel.errors import ConfigError, refuse
+from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, load_model, read_config
 from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     overrides = {"steps": 3} | overrides
     if Path(name).is_dir():
         recipe = resolve(Recipe(init=name), {"batch": {"sequence": 64}}, overrides, extra=problems)
-        check_folder(Path(name))
+        refuse(ModelFolderError, check_folder(Path(name)))
     else:
         recipe = load_recipe(name, overrides, problems)
         if first_of_all():

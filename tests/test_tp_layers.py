@@ -19,19 +19,15 @@ from parallel.mesh import Axis, Layout, Mesh
 from parallel.shard import Section, Shard, finalize_gradients, param_shards
 from parallel.tp import (
     ColumnParallelLinear,
-    Dense,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_linear_cross_entropy,
 )
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 TOKENS = (8, 13, 5, 1)
-LABELS = [3, -100, 96, 0, 24, 25, 49, 50, 74, 75, -100, 95, 72]
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -263,46 +259,7 @@ def check_vocabulary() -> None:
     assert module(torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
 
 
-def plain_loss(logits: Tensor, labels: Tensor, smoothing: float, z: float) -> Tensor:
-    loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-    return loss + z * logits.logsumexp(-1).square() * (labels != -100)
-
-
-def check_losses() -> None:
-    mesh = Mesh.build(Layout(tp=dist.get_world_size()))
-    axis, labels = mesh.tp, torch.tensor(LABELS)
-    shard = param_shards(make(lambda a: ParallelLMHead(97, 4, a), axis))["weight"]
-    for smoothing, z in ((0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)):
-        logits, scale = (30 * tensor(13, 97)).requires_grad_(), tensor(13, seed=3)
-        loss = plain_loss(logits, labels, smoothing, z)
-        loss.backward(scale)
-        padded = torch.full((13, -(-97 // axis.size) * axis.size), 1e3, dtype=torch.float64)
-        padded[:, :97] = logits.detach()
-        own = columns_of(axis)(padded).clone().requires_grad_()
-        options = {"vocabulary": 97, "label_smoothing": smoothing, "z_loss": z}
-        mine = vocab_parallel_cross_entropy(own, labels, axis, **options)
-        torch.testing.assert_close(mine, loss.detach(), **CLOSE)
-        mine.backward(scale)
-        grad = torch.zeros_like(padded)
-        grad[:, :97] = logits.grad
-        torch.testing.assert_close(own.grad, columns_of(axis)(grad), **CLOSE)
-        for sequence, block in itertools.product((False, True), (1, 5, 512)):
-            x, w = tensor(13, 4).requires_grad_(), (3 * tensor(97, 4, seed=1)).requires_grad_()
-            loss = plain_loss(F.linear(x, w), labels, smoothing, z)
-            (loss.sum() * 0.3 * 0.7).backward()
-            own_x = (rows_of(axis)(x) if sequence else x).detach().clone().requires_grad_()
-            own_w = shard.cut(w.detach(), mesh.place).requires_grad_()
-            more = {"scale": 0.3, "sequence_parallel": sequence, "block": block}
-            total, losses = vocab_parallel_linear_cross_entropy(own_x, own_w, labels, axis, **options, **more)
-            torch.testing.assert_close(losses, loss.detach(), **CLOSE)
-            torch.testing.assert_close(total.detach(), loss.detach().sum() * 0.3, **CLOSE)
-            assert not losses.requires_grad
-            (total * 0.7).backward()
-            torch.testing.assert_close(own_x.grad, rows_of(axis)(x.grad) if sequence else x.grad, **CLOSE)
-            torch.testing.assert_close(own_w.grad, shard.cut(w.grad, mesh.place), **CLOSE)
-
-
-CHECKS = [check_feed_forward, check_lone_layers, check_fused_layers, check_vocabulary, check_losses]
+CHECKS = [check_feed_forward, check_lone_layers, check_fused_layers, check_vocabulary]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -355,77 +312,6 @@ def test_finalize_gradients_completes_norms_under_sequence_parallelism(ranks: Ra
     ranks.run(check_norm, world=world)
 
 
-class Plain(nn.Module):
-    """What DTensor cuts by its plan: norm, feed-forward, norm, head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6, dtype=torch.float64)
-        self.up = nn.Linear(6, 20, dtype=torch.float64)
-        self.down = nn.Linear(20, 6, dtype=torch.float64)
-        self.last = nn.LayerNorm(6, dtype=torch.float64)
-        self.head = nn.Linear(6, 98, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.last(self.down(torch.tanh(self.up(self.norm(x))))))
-
-
-class Ours(nn.Module):
-    """The same, with the parallel layers written in."""
-
-    def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self.norm, self.last = NormOfTokens(6, axis).double(), NormOfTokens(6, axis).double()
-        options: dict[str, Any] = {"sequence_parallel": True, "dtype": torch.float64}
-        self.up, self.down = ColumnParallelLinear(6, 20, axis, **options), RowParallelLinear(20, 6, axis, **options)
-        self.head = ParallelLMHead(98, 6, axis, **options)
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.head.loss(self.last(self.down(torch.tanh(self.up(self.norm(x))))), labels, scale=1 / 11).total
-
-
-def check_dtensor() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as Cut
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-        loss_parallel,
-        parallelize_module,
-    )
-
-    torch.manual_seed(1)
-    plain, mesh, x = Plain(), Mesh.build(Layout(tp=2)), tensor(12, 6)
-    labels = torch.tensor([(7 * i) % 98 for i in range(11)] + [-100])
-    ours, whole = Ours(mesh.tp), {name: p.detach().clone() for name, p in plain.named_parameters()}
-    for name, shard in param_shards(ours).items():
-        ours.get_parameter(name).data.copy_(shard.cut(whole[name], mesh.place))
-    plan = {
-        "norm": SequenceParallel(sequence_dim=0),
-        "up": ColwiseParallel(input_layouts=Cut(0)),
-        "down": RowwiseParallel(output_layouts=Cut(0)),
-        "last": SequenceParallel(sequence_dim=0),
-        "head": ColwiseParallel(input_layouts=Cut(0), output_layouts=Cut(-1), use_local_output=False),
-    }
-    theirs = parallelize_module(plain, init_device_mesh("cpu", (2,)), plan)
-    with loss_parallel():
-        loss = F.cross_entropy(theirs(x[comm.chunk(12, mesh.tp)]), labels)
-        loss.backward()
-    mine = ours(x[comm.chunk(12, mesh.tp)], labels)
-    mine.backward()
-    finalize_gradients(ours, mesh)
-    torch.testing.assert_close(mine.detach(), loss.full_tensor().detach(), **CLOSE)
-    for name, shard in param_shards(ours).items():
-        expected = theirs.get_parameter(name).grad.redistribute(placements=[Replicate()]).to_local()
-        torch.testing.assert_close(ours.get_parameter(name).grad, shard.cut(expected, mesh.place), **CLOSE)
-
-
-def test_equal_to_dtensor(ranks: Ranks) -> None:
-    ranks.run(check_dtensor, world=2)
-
-
 def traffic(sequence: bool) -> list[Any]:
     mesh = Mesh.build(Layout(tp=dist.get_world_size()))
     axis, module = mesh.tp, make(lambda a: FeedForward(a, sequence, False), mesh.tp)
@@ -468,51 +354,3 @@ def test_what_the_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 units of k"):
         QKVParallelLinear(4, 2, 12, 3, axis)
     assert QKVParallelLinear(4, 2, 8, 1, axis).weight.shape == (8, 4)
-
-
-def test_an_impossible_label_is_refused() -> None:
-    axis = Mesh.single().tp
-    for bad in (97, -1):
-        labels = torch.tensor([0, bad])
-        with pytest.raises(DataError, match=f"label {bad} is outside the vocabulary of 97"):
-            vocab_parallel_cross_entropy(tensor(2, 97), labels, axis)
-        with pytest.raises(DataError, match=f"label {bad} is outside the vocabulary of 97"):
-            vocab_parallel_linear_cross_entropy(tensor(2, 4), tensor(97, 4), labels, axis)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_loss_is_summed_in_float32(dtype: torch.dtype) -> None:
-    axis, labels = Mesh.single().tp, torch.tensor(LABELS)
-    x = tensor(13, 8, seed=1).to(dtype).double().requires_grad_()
-    w = tensor(97, 8, seed=2).to(dtype).double().requires_grad_()
-    plain_loss(F.linear(x, w), labels, 0.0, 0.0).sum().backward()
-    own_x, own_w = (v.detach().to(dtype).requires_grad_() for v in (x, w))
-    total, losses = vocab_parallel_linear_cross_entropy(own_x, own_w, labels, axis, block=4)
-    assert losses.dtype == torch.float32
-    total.backward()
-    for mine, theirs in ((own_x.grad, x.grad), (own_w.grad, w.grad)):
-        assert mine is not None
-        assert theirs is not None
-        assert mine.dtype == dtype
-        assert (mine.double() - theirs).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * theirs.norm()
-
-
-def test_evaluation_forms_no_gradients() -> None:
-    formed = []
-
-    class Watched(Dense):
-        def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
-            formed.append("weight")
-            return super().weight_gradient(gy_TO, x_TI)
-
-        def input_gradient(self, gy_TO: Tensor, weight: Tensor) -> Tensor:
-            formed.append("input")
-            return super().input_gradient(gy_TO, weight)
-
-    head = ParallelLMHead(97, 4, Mesh.single().tp, method=Watched(), dtype=torch.float64)
-    x, labels = tensor(13, 4).requires_grad_(), torch.tensor(LABELS)
-    with torch.no_grad():
-        alone = head.loss(x, labels).total
-    assert formed == []
-    assert torch.equal(head.loss(x, labels).total, alone)
-    assert formed == ["input", "weight"]

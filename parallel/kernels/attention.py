@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from parallel.comm import apply
+
 __all__ = ["packed_attention", "packed_attention_reference"]
+
+_SHORT = 512
+"""Documents up to this many tokens are attended to by plain products on the CPU, which there beat the fused kernel about
+twofold; their probabilities are kept for backward, which longer documents could not afford."""
+
+_ROWS = 128
+"""Queries at a time: the block of probabilities above the diagonal is never formed."""
 
 
 def packed_attention_reference(
@@ -53,9 +64,71 @@ def packed_attention_reference(
 def packed_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, boundaries: Sequence[int], window: int | None = None
 ) -> Tensor:
-    """:func:`packed_attention_reference` by torch's fused attention; neighbouring documents of one length at a time."""
+    """:func:`packed_attention_reference` without its T x T scores."""
+    longest = max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False))
+    if q_TNH.device.type == "cpu" and longest <= min(_SHORT, window or _SHORT):
+        return apply(_ShortDocuments, q_TNH, k_TKH, v_TKH, tuple(boundaries))
     outputs = [_equal(q_TNH[rows], k_TKH[rows], v_TKH[rows], length, window) for rows, length in _runs(boundaries)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+class _ShortDocuments(torch.autograd.Function):
+    """Plain products, document by document and block of queries by block; keeps its inputs and the probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...]) -> Tensor:
+        heads, size = q.shape[1:]
+        share, scale = heads // k.shape[1], size**-0.5
+        above = torch.full((_ROWS, _ROWS), -math.inf, dtype=q.dtype).triu_(1)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        kept: list[Tensor] = []
+        for start, end in zip(boundaries, boundaries[1:], strict=False):
+            keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
+            for first, stop in _blocks(start, end):
+                seen = stop - start
+                p = q.new_empty(heads, stop - first, seen)
+                queries = q[first:stop].transpose(0, 1).contiguous()
+                torch.baddbmm(p, queries, keys[:, :seen].transpose(1, 2), beta=0, alpha=scale, out=p)
+                p[:, :, first - start :].add_(above[: stop - first, : stop - first])
+                torch.softmax(p, -1, out=p)
+                out[first:stop] = torch.bmm(p, values[:, :seen]).transpose(0, 1)
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.boundaries = boundaries
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g, (q, k, v, *kept) = grads[0], ctx.saved_tensors
+        heads, size = q.shape[1:]
+        share, scale = heads // k.shape[1], size**-0.5
+        gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        probabilities = iter(kept)
+        for start, end in zip(ctx.boundaries, ctx.boundaries[1:], strict=False):
+            keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
+            into_keys, into_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for first, stop in _blocks(start, end):
+                seen, p = stop - start, next(probabilities)
+                queries, gb = (x[first:stop].transpose(0, 1).contiguous() for x in (q, g))
+                d = torch.bmm(gb, values[:, :seen].transpose(1, 2))
+                d = torch.ops.aten._softmax_backward_data(d, p, -1, p.dtype)
+                gq[first:stop] = torch.bmm(d, keys[:, :seen]).transpose(0, 1)
+                into_keys[:, :seen].baddbmm_(d.transpose(1, 2), queries)
+                into_values[:, :seen].baddbmm_(p.transpose(1, 2), gb)
+            gk[start:end] = into_keys.unflatten(0, (-1, share)).sum(1).transpose(0, 1)
+            gv[start:end] = into_values.unflatten(0, (-1, share)).sum(1).transpose(0, 1)
+        return gq.mul_(scale), gk.mul_(scale), gv, None
+
+
+def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, end, _ROWS):
+        yield first, min(first + _ROWS, end)
+
+
+def _by_head(x_TKH: Tensor, share: int) -> Tensor:
+    """(T, K, H) of one document as (N, T, H), each key-value head repeated for the query heads that share it."""
+    x = x_TKH.transpose(0, 1)
+    return x.contiguous() if share == 1 else x.repeat_interleave(share, dim=0)
 
 
 def _runs(boundaries: Sequence[int]) -> Iterator[tuple[slice, int]]:
@@ -69,6 +142,7 @@ def _runs(boundaries: Sequence[int]) -> Iterator[tuple[slice, int]]:
 
 
 def _equal(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, length: int, window: int | None) -> Tensor:
+    """Documents of one length, by torch's fused attention."""
     q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
     mask = None
     if window is not None and window < length:

@@ -19,26 +19,31 @@ def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number a row; the normalized rows are formed again in backward."""
+    """Keeps the input and one number a row. With r = 1 / rms, p = gy x and c = p w::
+
+    gw = sum_rows(p r);   gx = gy w r - x r^3 c / D
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return torch.mul(x, r, out=torch.empty_like(x)).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gy, (x, weight, scale) = grads[0], ctx.saved_tensors
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        normed = x.to(wide) * scale
-        g = gy.to(wide)
-        gw = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        g = g * weight.to(wide)
-        inner = (g * normed).mean(-1, keepdim=True)
-        gx = g.addcmul_(normed, inner, value=-1).mul_(scale)
-        return gx.to(x.dtype), gw, None
+        x, weight, r = ctx.saved_tensors
+        size, dtype = x.shape[-1], x.dtype
+        rows, scale = x.reshape(-1, size).to(r.dtype), r.view(-1, 1)
+        gy, w = grads[0].reshape(-1, size).to(r.dtype), weight.to(r.dtype)
+        p = gy * rows
+        c = torch.mv(p, w)
+        gw = torch.mv(p.t(), scale.view(-1))
+        factor = scale.pow(3).mul_(c.view(-1, 1)).div_(-size)
+        gx = torch.mul(gy, w, out=p).mul_(scale).addcmul_(rows, factor)
+        return gx.to(dtype).view_as(x), gw.to(weight.dtype), None
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
