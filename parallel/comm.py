@@ -48,8 +48,10 @@ __all__ = [
     "broadcast",
     "chunk",
     "gather_json",
+    "receive_",
     "reduce_scatter",
     "replicate",
+    "send",
     "shift",
     "split",
     "start_all_gather",
@@ -150,6 +152,20 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 def sum_(x: Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
     """Reduce ``x`` in place; outside autograd."""
     return start_all_reduce(x, axis, op).wait()
+
+
+def send(x: Tensor, axis: Axis, to: int) -> None:
+    """Send ``x`` to rank ``to`` of the axis; returns when it may be changed. Outside autograd, any dtype."""
+    _record("send", axis, _bytes(x), 1.0, None)
+    if axis.group is not None:
+        dist.send(x.contiguous().view(-1).view(torch.uint8), axis.ranks[to], axis.group)
+
+
+def receive_(x: Tensor, axis: Axis, source: int) -> Tensor:
+    """Fill ``x`` (contiguous) with what rank ``source`` of the axis sends."""
+    if axis.group is not None:
+        dist.recv(x.view(-1).view(torch.uint8), axis.ranks[source], axis.group)
+    return x
 
 
 def barrier(axis: Axis) -> None:

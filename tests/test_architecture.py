@@ -25,7 +25,8 @@ WINGS = {
 FLOORS = [
     {"errors", "config", "registry"},
     {"mesh", "ledger", "comm", "shard", "rng", "tokenizer"},
-    {"tp", "sp", "pp", "ep", "kernels"},
+    {"kernels"},
+    {"tp", "sp", "pp", "ep"},
     {"models"},
     {"hf"},
 ]
@@ -197,6 +198,7 @@ def test_no_import_runs_up() -> None:
         ("parallel.tp.x", "from parallel import hf"),
         ("parallel.mesh", "from parallel import tp"),
         ("parallel.errors", "from parallel.mesh import Mesh"),
+        ("parallel.kernels.x", "from parallel.tp import LossSum"),
         ("parallel.kernels.x", "if 0:\n    from parallel.models.batch import Batch"),
         ("parallel.models.x", "import parallel.hf"),
         ("parallel.registry", "PLACES = {'x': 'parallel.tp.linear:ColumnParallelLinear'}"),

@@ -24,7 +24,7 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
 
 def check(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], dtype: torch.dtype, *inputs: Tensor) -> None:
     """Values and gradients equal those of the reference in float64; inputs may be strided views."""
-    theirs = [x.to(dtype).double().requires_grad_() for x in inputs]
+    theirs = [x.to(dtype).double().clone().requires_grad_() for x in inputs]
     bases = [torch.stack([x.to(dtype)] * 2, -1).requires_grad_() for x in inputs]
     expected, got = reference(*theirs), kernel(*(base[..., 1] for base in bases))
     assert got.dtype == dtype
@@ -102,6 +102,20 @@ def test_packed_attention(heads: tuple[int, int], boundaries: list[int], window:
         lambda q, k, v: packed_attention(q, k, v, boundaries, window),
         lambda q, k, v: attention_by_hand(q, k, v, boundaries, window),
         torch.bfloat16,
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("boundaries", [[0, 64, 65, 193, 321], [0, 130], [0, 33, 600]])
+def test_packed_attention_of_long_documents(boundaries: list[int], window: int | None, dtype: torch.dtype) -> None:
+    inputs = [tensor(boundaries[-1], heads, 6, seed=heads) for heads in (4, 2, 1)]
+    inputs[2] = torch.cat([inputs[2], 2 * inputs[2].roll(1, 0)], 1)
+    check(
+        lambda q, k, v: packed_attention(q, k, v, boundaries, window),
+        lambda q, k, v: packed_attention_reference(q, k, v, boundaries, window),
+        dtype,
         *inputs,
     )
 

@@ -138,16 +138,16 @@ def test_dropout_drops_and_follows_the_key() -> None:
     config = CONFIGS["dropout"]
     model, batch = build_for(mesh, config), batch_of(97, mesh)
     losses = {
-        name: float(model.loss(b).total)
+        name: model.loss(b).total.item()
         for name, b in (("a", batch), ("again", batch), ("b", dataclasses.replace(batch, key=8)))
     }
     assert losses["a"] == losses["again"] != losses["b"]
     plain = build_for(mesh, dataclasses.replace(config, **dict.fromkeys(DROPPED, 0.0)))
-    assert float(model.eval().loss(batch).total) == pytest.approx(float(plain.eval().loss(batch).total), rel=1e-12)
+    assert model.eval().loss(batch).total.item() == pytest.approx(plain.eval().loss(batch).total.item(), rel=1e-12)
     seen = {losses["a"]}
     for name in DROPPED:
         only = build_for(mesh, dataclasses.replace(config, **(dict.fromkeys(DROPPED, 0.0) | {name: 0.1})))
-        seen.add(float(only.loss(batch).total))
+        seen.add(only.loss(batch).total.item())
     assert len(seen) == 4
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from parallel import comm
 from parallel.errors import ConfigError, ModelFolderError, RankError, Refusal, ShardError, refuse
 from parallel.hf.folder import INDEX, SINGLE
 from parallel.hf.table import Part, parts, whole_shards
-from parallel.ledger import Entry, caller
 from parallel.mesh import Mesh
 from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder
@@ -111,7 +109,7 @@ def _problems(folder: Path, tokenizer: Path | None, overwrite: bool) -> Iterator
         yield f"{folder}: is a file"
     elif folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
-            yield f"{folder}: exists and is not empty"
+            yield f"{folder}: exists and is not empty; to replace an exported folder, say overwrite"
         elif not (folder / "config.json").is_file() or any(path.is_dir() for path in folder.iterdir()):
             yield f"{folder}: is not a model folder, and is not overwritten"
 
@@ -278,7 +276,7 @@ class _Exchange:
                 local = self.own[name].detach().to(self.dtype)
             else:
                 local = torch.empty(shard.local_shape(place), dtype=self.dtype, device=self.mesh.device)
-                dist.recv(local.view(-1).view(torch.uint8), rank, self.mesh.world.group)
+                comm.receive_(local, self.mesh.world, rank)
             pieces.append((place, local.cpu()))
         return shard.join(pieces)
 
@@ -286,10 +284,7 @@ class _Exchange:
         """On the other ranks: what rank 0 lacks, if it is ours to give."""
         for name in self.shards:
             if self.mesh.rank in self._holders(name):
-                local = self.own[name].detach().to(self.dtype).contiguous()
-                size = local.numel() * local.element_size()
-                self.mesh.ledger.record(Entry("send", "world", size, size, caller(__file__)))
-                dist.send(local.view(-1).view(torch.uint8), 0, self.mesh.world.group)
+                comm.send(self.own[name].detach().to(self.dtype), self.mesh.world, 0)
 
     def drain(self) -> None:
         """Receive what is left, for nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from parallel.comm import apply
 __all__ = ["packed_attention", "packed_attention_reference"]
 
 _SHORT = 512
-"""Documents up to this many tokens are attended to by plain products on the CPU, which there beat the fused kernel about
-twofold; their probabilities are kept for backward, which longer documents could not afford."""
+"""Documents up to this many tokens are attended to by plain products on the CPU, which there beat the fused kernel
+about twofold; their probabilities are kept for backward, which longer documents could not afford."""
 
 _ROWS = 128
 """Queries at a time: the block of probabilities above the diagonal is never formed."""
@@ -65,7 +66,7 @@ def packed_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, boundaries: Sequence[int], window: int | None = None
 ) -> Tensor:
     """:func:`packed_attention_reference` without its T x T scores."""
-    longest = max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False))
+    longest = max(b - a for a, b in pairwise(boundaries))
     if q_TNH.device.type == "cpu" and longest <= min(_SHORT, window or _SHORT):
         return apply(_ShortDocuments, q_TNH, k_TKH, v_TKH, tuple(boundaries))
     outputs = [_equal(q_TNH[rows], k_TKH[rows], v_TKH[rows], length, window) for rows, length in _runs(boundaries)]
@@ -82,7 +83,7 @@ class _ShortDocuments(torch.autograd.Function):
         above = torch.full((_ROWS, _ROWS), -math.inf, dtype=q.dtype).triu_(1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
-        for start, end in zip(boundaries, boundaries[1:], strict=False):
+        for start, end in pairwise(boundaries):
             keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
             for first, stop in _blocks(start, end):
                 seen = stop - start
@@ -104,7 +105,7 @@ class _ShortDocuments(torch.autograd.Function):
         share, scale = heads // k.shape[1], size**-0.5
         gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         probabilities = iter(kept)
-        for start, end in zip(ctx.boundaries, ctx.boundaries[1:], strict=False):
+        for start, end in pairwise(ctx.boundaries):
             keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
             into_keys, into_values = torch.zeros_like(keys), torch.zeros_like(values)
             for first, stop in _blocks(start, end):

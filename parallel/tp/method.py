@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.kernels.product import linear_product
+
 __all__ = ["Dense", "LinearMethod", "LinearProduct"]
 
 
@@ -40,10 +42,10 @@ class Dense:
         layer.register_parameter("weight", nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
 
     def product(self, x_TI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-        return nn.functional.linear(x_TI, weight, bias_O)
+        return linear_product(x_TI, weight, bias_O)
 
     def input_gradient(self, gy_TO: Tensor, weight: Tensor) -> Tensor:
-        return gy_TO @ weight
+        return linear_product(gy_TO, weight.t())
 
     def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
         return gy_TO.t() @ x_TI
