@@ -1,25 +1,29 @@
 """Bytes that a rank keeps for backward: one device, tp and tp with sequence parallelism, by recomputation.
 
-    python benchmarks/activations.py [--precision bf16 --tp 2,4 --json FILE]
+    python benchmarks/activations.py [--precision bf16 --tp 2,4 --length 256 --json FILE]
 
-One process runs the forward pass and the loss as rank 0 of a mesh that does not exist (Mesh.fake). What is kept is found
-in two ways: every tensor that passes torch's saved_tensors_hooks, and every tensor that a node of the autograd graph holds
-beside them. Storages are counted once, parameters and the batch not at all. A layer is the difference between a model
-of two layers and one of one layer.
+One process runs the forward pass and the loss as rank 0 of a mesh that does not exist (Mesh.fake). What is kept is
+found in two ways: every tensor that passes torch's saved_tensors_hooks, and every tensor that a node of the autograd
+graph holds beside them. Storages are counted once, parameters and the batch not at all. A layer is the difference
+between a model of two layers and one of one layer.
 
-The published account (arXiv 2205.05198, equations 1, 2 and 4) is of a layer with dropout, GELU and stored
-attention scores, in 2-byte elements: sbh (34 + 5as/h) on one device, sbh (10 + 24/t + 5as/(ht)) with tensor parallelism,
-sbh/t (34 + 5as/h) with sequence parallelism besides. Ours has no dropout (no masks), norms that keep their input and one
-float32 a token, flash attention (q, k, v, output and one float32 a token and head instead of the scores) and a SwiGLU that
-keeps only its input. With T tokens, elements of e bytes, N query and K key-value heads of size H:
+The published account (arXiv 2205.05198, equations 1, 2 and 4) is of a layer with dropout, GELU and stored attention
+scores, in 2-byte elements: sbh (34 + 5as/h) on one device, sbh (10 + 24/t + 5as/(ht)) with tensor parallelism, and
+sbh/t (34 + 5as/h) with sequence parallelism besides. Ours has no dropout (no masks), norms that keep their input and
+one float32 a token, and a SwiGLU that keeps only its input. With T tokens, elements of e bytes, N query and K key-value
+heads of size H:
 
-    R = 4 T D e + 2 T 4                          inputs of two norms and of two projections, and the norms' scales
-    M = T ((2 N + 2 K) H + 3 F) e + 4 T N        q, k, v, attention output, its log-sum-exp, gate and up, input of down
-    one device R + M;    tp R + M / t;    tp with sequence parallelism (R + M) / t
+    R = 4 T D e + 2 T 4               inputs of two norms and of two products, and the norms' scales
+    M = T ((2 N + 2 K) H + 3 F) e     q, k, v, attention output, gate and up, input of the down projection
+    P = T N (S + 128) / 2 e           documents of S <= 512 tokens: probabilities, without the blocks above the
+                                      diagonal (the paper keeps the whole square, and its softmax and mask: 5as/h)
+    P = 4 T N                         longer documents, by flash attention: the log-sum-exp
+    one device R + M + P;    tp R + (M + P) / t;    tp with sequence parallelism (R + M + P) / t
 
-Selective recomputation, where it helps, drops the log-sum-exp and the output of the attention core that are formed again; the
-output stays as the input of the projection. Full recomputation keeps the input of the layer, T D e, cut with the
-residual under sequence parallelism.
+Selective recomputation (section 5) leaves out P. Full recomputation keeps the input of the layer, T D e, cut with the
+residual under sequence parallelism. The gradient of the head's weight, which the fused loss forms in forward, is not an
+activation and is counted apart. That of the head's input is one: T D e, whole on every rank until it is
+reduce-scattered, which in a model of so few layers is seen beside fully recomputed ones.
 """
 
 from __future__ import annotations
@@ -27,37 +31,39 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import workload
+from report import Claim, add_report_options, finish, table
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
 from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
-from parallel.models.decoder import Decoder, build_model
-from report import Claim, add_report_options, finish, table
+from parallel.models.decoder import build_model
 
 TOKENS = 2048
 RECOMPUTE = ("none", "selective", "full")
 TOLERANCE = 0.1
+SHORT, QUERY_BLOCK = 512, 128
+"""Of the attention core: longest document whose probabilities are kept, and queries at a time."""
 
 
-def kept(layout: Layout, layers: int, precision: str, recompute: Any) -> dict[str, int]:
-    """Bytes kept between forward and backward: ``activations``, and ``weight_gradients`` that forward already formed."""
+def kept(layout: Layout, layers: int, precision: str, recompute: Any, length: int, head: bool = False) -> int:
+    """Bytes kept between forward and backward; with ``head`` those for the gradient of the head's weight as well."""
     mesh = Mesh.fake(layout, 0)
     build = Build(mesh=mesh, dtype=workload.DTYPES[precision], recompute=recompute)
     model = build_model(workload.config(layers), build).train()
-    batch = workload.batch(workload.documents())
-    storages: dict[int, tuple[int, bool]] = {}
+    model.head.weight.requires_grad_(head)
+    batch = workload.batch(workload.documents(TOKENS // length, length))
+    storages: dict[int, int] = {}
     alive: list[Tensor] = []
 
-    def keep(tensor: Tensor, weight_gradient: bool = False) -> None:
-        storage = tensor.untyped_storage()
+    def keep(tensor: Tensor) -> None:
         alive.append(tensor)
-        storages.setdefault(storage.data_ptr(), (storage.nbytes(), weight_gradient))
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
 
     def pack(tensor: Tensor) -> Tensor:
         keep(tensor.detach())
@@ -65,20 +71,11 @@ def kept(layout: Layout, layers: int, precision: str, recompute: Any) -> dict[st
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         total = model.loss(batch, scale=1 / TOKENS).total
-    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim > 1}
     for tensor in stashed(total.grad_fn):
-        keep(tensor, weight_gradient=tuple(tensor.shape) in shapes)
-    for given in _given(model, [getattr(batch, field.name) for field in dataclasses.fields(batch)]):
+        keep(tensor)
+    for given in (*model.parameters(), *_tensors(getattr(batch, field.name) for field in dataclasses.fields(batch))):
         storages.pop(given.untyped_storage().data_ptr(), None)
-    found = {"activations": 0, "weight_gradients": 0}
-    for size, weight_gradient in storages.values():
-        found["weight_gradients" if weight_gradient else "activations"] += size
-    return found
-
-
-def _given(model: Decoder, batch: Iterable[Any]) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from (value for value in batch if isinstance(value, Tensor))
+    return sum(storages.values())
 
 
 def stashed(root: Node | None) -> Iterator[Tensor]:
@@ -104,7 +101,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value.values())
 
 
-def formula(layout: Layout, precision: str, recompute: str) -> float:
+def formula(layout: Layout, precision: str, recompute: str, length: int) -> float:
     """Bytes that a layer is expected to keep, see the head of this file."""
     c, e, t = workload.CONFIG, workload.DTYPES[precision].itemsize, layout.tp
     residual_share = t if layout.sequence_parallel else 1
@@ -114,22 +111,23 @@ def formula(layout: Layout, precision: str, recompute: str) -> float:
     heads = (2 * c.heads + 2 * c.kv_heads) * c.head_size
     inner = TOKENS * (heads + 3 * c.feed_forward) * e
     if recompute == "none":
-        inner += 4 * TOKENS * c.heads
+        inner += TOKENS * c.heads * ((length + QUERY_BLOCK) / 2 * e if length <= SHORT else 4)
     return residual / residual_share + inner / t
 
 
-def measure(layout: Layout, precision: str, recompute: str) -> dict[str, Any]:
+def measure(layout: Layout, precision: str, recompute: str, length: int) -> dict[str, Any]:
     """One row: a layer, the whole model, and the formula."""
-    one, two, whole = (kept(layout, layers, precision, recompute) for layers in (1, 2, workload.CONFIG.layers))
+    one, two, whole = (kept(layout, n, precision, recompute, length) for n in (1, 2, workload.CONFIG.layers))
     return {
         "precision": precision,
         "tp": layout.tp,
         "sequence_parallel": layout.sequence_parallel and layout.tp > 1,
         "recompute": recompute,
-        "layer": two["activations"] - one["activations"],
-        "formula": formula(layout, precision, recompute),
-        "model": whole["activations"],
-        "weight_gradients": whole["weight_gradients"],
+        "length": length,
+        "layer": two - one,
+        "formula": formula(layout, precision, recompute, length),
+        "model": whole,
+        "weight_gradient": kept(layout, 1, precision, recompute, length, head=True) - one,
     }
 
 
@@ -141,26 +139,26 @@ def main() -> int:
     )
     parser.add_argument("--precision", default="bf16", help="fp32, bf16 or both")
     parser.add_argument("--tp", default="2,4", help="degrees of tensor parallelism")
+    parser.add_argument("--length", type=int, choices=(128, 256, 512, 1024, 2048), default=256, help="of a document")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     add_report_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
-    claims: list[Claim] = []
+    singles: dict[tuple[str, str], dict[str, Any]] = {}
     cells: list[tuple[object, ...]] = []
     for precision in args.precision.split(","):
         for recompute in RECOMPUTE:
-            single = measure(Layout(), precision, recompute)
+            single = measure(Layout(), precision, recompute, args.length)
+            singles[precision, recompute] = single
             layouts = [Layout(tp=int(tp), sequence_parallel=s) for tp in args.tp.split(",") for s in (False, True)]
-            for row in [single, *(measure(layout, precision, recompute) for layout in layouts)]:
+            for row in [single, *(measure(layout, precision, recompute, args.length) for layout in layouts)]:
                 rows.append(row)
                 cells.append(_cells(row, single))
-                if row["sequence_parallel"]:
-                    claims.append(_claim(row, single))
     print("Bytes kept for backward by a rank (* t: times tp and over one device; 1 is a perfect cut)\n")
-    header = ("", "a layer", "formula", "/ formula", "* t", "model", "* t", "weight gradients")
+    header = ("", "a layer", "formula", "/ formula", "* t", "model", "* t", "head's weight gradient")
     print(table(header, cells))
-    return finish(args, claims, rows)
+    return finish(args, list(_claims(rows, singles)), rows)
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -176,15 +174,24 @@ def _cells(row: dict[str, Any], single: dict[str, Any]) -> tuple[object, ...]:
     layer, model = (f"{_share(row, single, what):.3f}" for what in ("layer", "model"))
     ratio = f"{row['layer'] / row['formula']:.3f}"
     formula_text = f"{row['formula']:,.0f}"
-    gradients = f"{row['weight_gradients']:,}"
+    gradients = f"{row['weight_gradient']:,}"
     return _name(row), f"{row['layer']:,}", formula_text, ratio, layer, f"{row['model']:,}", model, gradients
 
 
-def _claim(row: dict[str, Any], single: dict[str, Any]) -> Claim:
-    share = _share(row, single, "model")
-    met = abs(share - 1) <= TOLERANCE
-    text = f"activations of a rank * tp / one device, {_name(row)}"
-    return Claim(text, share, f"1 +- {TOLERANCE}", met, f"a layer alone {_share(row, single, 'layer'):.3f}")
+def _claims(rows: Sequence[dict[str, Any]], singles: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Claim]:
+    """For each precision and recomputation, the share farthest from a perfect cut, of a layer and of the model."""
+    for (precision, recompute), single in singles.items():
+        cut = [
+            row
+            for row in rows
+            if row["sequence_parallel"] and (row["precision"], row["recompute"]) == (precision, recompute)
+        ]
+        for what in ("layer", "model") if cut else ():
+            worst = max(cut, key=lambda row: abs(_share(row, single, what) - 1))
+            share = _share(worst, single, what)
+            text = f"activations of a {what} on a rank * tp / one device, {precision}, recompute {recompute}"
+            note = f"farthest from 1: tp={worst['tp']}"
+            yield Claim(text, share, f"1 +- {TOLERANCE}", abs(share - 1) <= TOLERANCE, note)
 
 
 if __name__ == "__main__":

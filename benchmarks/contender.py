@@ -9,7 +9,6 @@ Rank 0 reads one line from stdin for each step and answers with one JSON line; t
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from launch.env import connect, detect, disconnect
 from launch.local import run_local, run_rank
+from launch.memory import keep_freed_memory
 
 __all__ = ["Contender", "build"]
 
@@ -34,24 +34,12 @@ class Contender(Protocol):
         ...
 
 
-def tune_allocator() -> None:
-    """Make glibc keep freed memory, so that no step pays for pages that the last one returned.
-
-    Raises:
-        OSError: this is not glibc, or it refuses.
-    """
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
-        if not libc.mallopt(parameter, value):
-            raise OSError(f"mallopt({parameter}, {value}) was refused")
-
-
 class Ours:
     """Trainer, as a user has it. Without ``reduce`` the collectives are left out, and the values are wrong."""
 
     def __init__(self, spec: Spec, rank: int) -> None:
         import workload
+
         from parallel.mesh import Layout, Mesh
         from parallel.models.build import Build
         from parallel.models.decoder import build_model
@@ -211,6 +199,7 @@ def build(spec: Spec, rank: int) -> Contender:
 def write_weights(folder: Path, layers: int) -> None:
     """Our initial weights as a Hugging Face folder."""
     import workload
+
     from parallel.hf import save_model
     from parallel.mesh import Mesh
     from parallel.models.build import Build
@@ -224,8 +213,9 @@ def serve(spec: Spec) -> int:
     """Step on command until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if spec["allocator"] == "tuned":
-        tune_allocator()
+    tuned = spec["kind"] == "ours" or spec["allocator"] == "tuned"
+    if tuned and not keep_freed_memory() and spec["allocator"] == "tuned":
+        raise OSError("the allocator does not take these settings; use --allocator default")
     import torch
     import torch.distributed as dist
 

@@ -134,7 +134,12 @@ def options(description: str, *, threads: int, adamw: str) -> argparse.ArgumentP
         default=adamw.split(","),
         help="AdamW of the peer: default (torch's own choice), fused, or both, of which the faster counts",
     )
-    parser.add_argument("--allocator", choices=("default", "tuned"), default="default", help="glibc settings of all")
+    parser.add_argument(
+        "--allocator",
+        choices=("default", "tuned"),
+        default="default",
+        help="default: ours as `launch train` sets it and the peer as users run it; tuned: all like ours",
+    )
     parser.add_argument("--threads", type=_positive, default=threads, help="torch threads of each rank")
     parser.add_argument("--layers", type=_positive, default=8, help="8 is the published setting")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a contender may take for a step")

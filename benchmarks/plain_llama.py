@@ -1,7 +1,8 @@
 """A plain Llama in torch, as one would write it without us, and its published tensor-parallel recipe.
 
-The parameters bear the names of a Hugging Face folder. The recipe is that of the torch tutorial "Large Scale Transformer
-model training with Tensor Parallel" and of torchtitan: DTensor plans with sequence parallelism and ``loss_parallel``.
+The parameters bear the names of a Hugging Face folder. The recipe is that of the torch tutorial "Large Scale
+Transformer model training with Tensor Parallel" and of torchtitan: DTensor plans with sequence parallelism and
+``loss_parallel``.
 """
 
 from __future__ import annotations

@@ -2,17 +2,18 @@
 
     python benchmarks/traffic.py [--precision fp32,bf16 --tp 2,4,8 --dp 2,4,8 --places --json FILE]
 
-One process runs Trainer.step as rank 0 of a mesh that does not exist (Mesh.fake): every collective is recorded, none takes
-place. A layer is the difference between a model of two layers and one of one layer. With A = tokens * hidden * bytes of
-an element, the formulas are those of arXiv 2205.05198, sections 4.2.2 and 4.3:
+One process runs Trainer.step as rank 0 of a mesh that does not exist (Mesh.fake): every collective is recorded, none
+takes place. A layer is the difference between a model of two layers and one of one layer. With A = tokens * hidden *
+bytes of an element, the formulas are those of arXiv 2205.05198, sections 4.2.2 and 4.3:
 
     sequence parallel      forward  2 all-gathers + 2 reduce-scatters of A
-                           backward 2 all-gathers + 2 reduce-scatters of A, and 2 all-gathers of the inputs that are kept cut
+                           backward 2 all-gathers + 2 reduce-scatters of A,
+                                    and 2 all-gathers of the inputs that are kept cut
     not sequence parallel  forward  2 all-reduces of A, backward 2 all-reduces of A
 
-To these a layer of a whole step adds what the paper leaves out: float32 gradients of its two norm weights (all-reduced under
-sequence parallelism, where each rank sees a part of the tokens), and those of key and value heads that several ranks hold.
-Data parallelism all-reduces every gradient once, in float32.
+To these a layer of a whole step adds what the paper leaves out: float32 gradients of its two norm weights (all-reduced
+under sequence parallelism, where each rank sees a part of the tokens), and those of key and value heads that several
+ranks hold. Data parallelism all-reduces every gradient once, in float32.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from collections import Counter
 from typing import Any
 
 import workload
+from report import Claim, add_report_options, finish, table
+
 from parallel.ledger import Ledger
 from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
 from parallel.models.decoder import build_model
-from report import Claim, add_report_options, finish, table
 from zero import Trainer, ZeroOptimizer
 
 TOKENS_SHAPE = (8, 256)
@@ -173,7 +175,7 @@ def main() -> int:
         )
         for row in rows
     ]
-    print("Bytes a step (payload: of the gathered result, the scattered input, the reduced tensor; sent: ring algorithm)\n")
+    print("Bytes a step (payload: the gathered result, the scattered input, the reduced tensor; sent: by a ring)\n")
     print(table(("what", *OPERATIONS, "sent by a rank", "formula"), cells))
     for row in rows:
         if not row["equal"]:

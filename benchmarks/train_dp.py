@@ -3,9 +3,12 @@
     python benchmarks/train_dp.py [--steps 10 --threads 1 --json FILE]
 
 Both train the same 32M-parameter Llama on 2 gloo ranks of 1,024 tokens each, from the same weights. The peer is
-plain_llama.py under DistributedDataParallel (in bfloat16 under autocast) with clip_grad_norm_ and AdamW; the fastest counts.
-Then both race once more beside themselves without reduction (DDP: ``no_sync``; ours: a mesh that does not communicate): the
-difference is the communication that the computation did not hide.
+plain_llama.py under DistributedDataParallel (in bfloat16 under autocast) with clip_grad_norm_ and AdamW; the fastest
+counts. Then both race once more beside themselves without reduction (DDP: ``no_sync``; ours: a mesh that does not
+communicate): the difference is the communication that the computation did not hide.
+
+By default ours sets glibc's allocator as ``python -m launch train`` does, and the peer is what users run; with
+``--allocator tuned`` all contenders have that setting.
 """
 
 from __future__ import annotations
@@ -40,8 +43,7 @@ def exposed(args: argparse.Namespace, pair: list[contest.Result]) -> tuple[list[
         names[f"{result.name}, no reduction"] = {**result.spec, "reduce": False}
     results = contest.race(args, names)
     return results, {
-        with_.name: with_.median - without.median
-        for with_, without in zip(results[::2], results[1::2], strict=True)
+        with_.name: with_.median - without.median for with_, without in zip(results[::2], results[1::2], strict=True)
     }
 
 

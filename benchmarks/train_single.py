@@ -2,9 +2,12 @@
 
     python benchmarks/train_single.py [--steps 10 --threads 2 --allocator tuned --json FILE]
 
-Both train the same 32M-parameter Llama from the same weights on the same 2,048 tokens with AdamW and clipping. The peer
-in bfloat16 runs once under autocast over float32 weights and once purely in bfloat16 (giving up the float32 weights, which
-ours keeps); the faster one counts.
+Both train the same 32M-parameter Llama from the same weights on the same 2,048 tokens with AdamW and clipping. The
+peer in bfloat16 runs once under autocast over float32 weights and once purely in bfloat16 (giving up the float32
+weights, which ours keeps); the faster one counts.
+
+By default ours sets glibc's allocator as ``python -m launch train`` does, and the peer is what users run; with
+``--allocator tuned`` all contenders have that setting.
 """
 
 from __future__ import annotations

@@ -3,8 +3,11 @@
     python benchmarks/train_tp.py [--steps 10 --threads 1 --json FILE]
 
 Both cut the same 32M-parameter Llama over 2 gloo ranks with sequence parallelism and a loss over cut logits, from the
-same weights, on the same 2,048 tokens. The peer is plain_llama.py under parallelize_module and loss_parallel; in bfloat16
-it runs under autocast and purely, each with the asked AdamW, and the fastest counts.
+same weights, on the same 2,048 tokens. The peer is plain_llama.py under parallelize_module and loss_parallel; in
+bfloat16 it runs under autocast and purely, each with the asked AdamW, and the fastest counts.
+
+By default ours sets glibc's allocator as ``python -m launch train`` does, and the peer is what users run; with
+``--allocator tuned`` all contenders have that setting.
 """
 
 from __future__ import annotations
@@ -27,9 +30,7 @@ def specs(args: argparse.Namespace, precision: str, weights: str) -> dict[str, d
     for kind in [precision] if precision == "fp32" else ["autocast", "bf16"]:
         for adamw in args.adamw:
             name = f"DTensor tp={RANKS} {kind}" + ", fused AdamW" * (adamw == "fused")
-            found[name] = contest.specification(
-                args, "dtensor", kind, world=RANKS, weights=weights, adamw=adamw
-            )
+            found[name] = contest.specification(args, "dtensor", kind, world=RANKS, weights=weights, adamw=adamw)
     return found
 
 

@@ -1,6 +1,6 @@
 """Draw a run's loss curve.
 
-    python examples/plot_loss.py RUN          writes RUN/loss.png
+python examples/plot_loss.py RUN          writes RUN/loss.png
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def main(run: Path) -> None:

@@ -1,6 +1,6 @@
 """Does `transformers` load an exported folder, and does it compute the same logits and the same greedy text?
 
-    python examples/same_logits.py MODEL_DIR
+python examples/same_logits.py MODEL_DIR
 """
 
 from __future__ import annotations

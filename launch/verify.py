@@ -167,9 +167,10 @@ def _report(recipe: Recipe, alone: _Trace, asked: _Trace) -> int:
         print(f"... and {len(rows) - 20} more, all smaller")
     worst_gradient, worst_weight = max(row[1] for row in rows), max(row[2] for row in rows)
     equal = max(worst_loss, worst_gradient) <= limit and (weight_limit is None or worst_weight <= weight_limit)
+    judged = f"limit {weight_limit:.0e}" if weight_limit else "not judged"
     print(
         f"{'EQUAL' if equal else 'NOT EQUAL'}: loss {worst_loss:.1e}, gradients {worst_gradient:.1e} "
-        f"(limit {limit:.0e}), weights {worst_weight:.1e} ({f'limit {weight_limit:.0e}' if weight_limit else 'not judged'})"
+        f"(limit {limit:.0e}), weights {worst_weight:.1e} ({judged})"
     )
     return 0 if equal else 1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parallel import comm, rng
 from parallel.errors import ShardError
-from parallel.mesh import Axis, Layout, Mesh, Place
+from parallel.mesh import Mesh, Place
 
 __all__ = [
     "Box",
@@ -25,13 +25,14 @@ __all__ = [
     "Shard",
     "Sharded",
     "assemble",
+    "count",
     "fill",
     "finalize_gradients",
     "gather_whole",
     "initialize",
     "meet",
+    "overlap",
     "param_shards",
-    "reshard",
     "sum_repeated",
 ]
 
@@ -83,6 +84,13 @@ class Piece(NamedTuple):
     full: Box
     local: Box
     first: bool
+
+    def inside(self, box: Box) -> Box:
+        """Where a box of the whole tensor, which must lie in this piece, stands in the local tensor."""
+        return tuple(
+            slice(m.start + b.start - f.start, m.start + b.stop - f.start)
+            for f, m, b in zip(self.full, self.local, box, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +198,7 @@ class Shard:
             full = local.new_empty(self.shape) if full is None else full
             for piece in self.pieces(place):
                 full[piece.full] = local[piece.local].to(full.device)
-                sizes[tuple((run.start, run.stop) for run in piece.full)] = _count(piece.full)
+                sizes[tuple((run.start, run.stop) for run in piece.full)] = count(piece.full)
         if full is None or sum(sizes.values()) < full.numel():
             raise ShardError(f"the pieces cover {sum(sizes.values())} of the values of {self.shape}")
         return full
@@ -330,80 +338,23 @@ def sum_repeated(grad: Tensor, shard: Shard, mesh: Mesh) -> None:
         local += rows
 
 
-def reshard(local: Tensor, shard: Shard, old: Layout, new: Layout, world: Axis) -> Tensor:
-    """Move one parameter from its piece under ``old`` to its piece under ``new``, among the ranks of ``world``.
-
-    Each rank sends only what the others lack, and never holds more than its two pieces and the message. A layout of
-    fewer ranks than ``world`` uses the first ones. Parameters that live on one pipeline stage only are not moved across
-    stages here.
-    """
-    places = [(_place(old, rank), _place(new, rank)) for rank in range(world.size)]
-    held = [shard.pieces(source) if source else [] for source, _ in places]
-    wanted = [shard.pieces(target) if target else [] for _, target in places]
-
-    def sends(source: int, target: int) -> list[tuple[Piece, Piece, Box]]:
-        return _meets(_given(held, source, target), wanted[target])
-
-    outgoing = [_flat([local[_inside(p, box)] for p, _, box in sends(world.rank, r)]) for r in range(world.size)]
-    send = [0 if part is None else part.numel() for part in outgoing]
-    receive = [sum(_count(box) for _, _, box in sends(rank, world.rank)) for rank in range(world.size)]
-    message = _flat([part for part in outgoing if part is not None])
-    message = local.new_empty(0) if message is None else message
-    arrived = comm.all_to_all(message, world, send, receive).split(receive)
-    target = places[world.rank][1]
-    result = local.new_zeros(shard.local_shape(target) if target else (0,))
-    for rank, values in enumerate(arrived):
-        for _, piece, box in sends(rank, world.rank):
-            part, values = values[: _count(box)], values[_count(box) :]
-            result[_inside(piece, box)] = part.view([run.stop - run.start for run in box])
-    return result
+def count(box: Box) -> int:
+    """How many values a box holds."""
+    total = 1
+    for run in box:
+        total *= run.stop - run.start
+    return total
 
 
-def _place(layout: Layout, rank: int) -> Place | None:
-    return layout.place(rank) if rank < layout.world else None
-
-
-def _given(held: list[list[Piece]], source: int, target: int) -> list[Piece]:
-    """The pieces that ``target`` takes from ``source``: its own, and what it lacks from the first who holds it."""
-    if source == target:
-        return held[source]
-    own = [piece.full for piece in held[target]]
-    return [piece for piece in held[source] if piece.first and piece.full not in own]
-
-
-def _meets(held: list[Piece], wanted: list[Piece]) -> list[tuple[Piece, Piece, Box]]:
-    """What ``held`` has for ``wanted``: both pieces, and the box of the whole that they share."""
-    pairs = [(piece, want, _overlap(piece.full, want.full)) for piece in held for want in wanted]
-    return [(piece, want, box) for piece, want, box in pairs if box is not None]
-
-
-def _overlap(a: Box, b: Box) -> Box | None:
+def overlap(a: Box, b: Box) -> Box | None:
+    """The box that two boxes share, or None."""
     box = tuple(slice(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return box if all(run.start < run.stop for run in box) else None
 
 
-def _inside(piece: Piece, box: Box) -> Box:
-    """The box of the local tensor where ``box`` of the whole tensor stands."""
-    return tuple(
-        slice(m.start + b.start - f.start, m.start + b.stop - f.start)
-        for f, m, b in zip(piece.full, piece.local, box, strict=True)
-    )
-
-
 def meet(piece: Piece, box: Box) -> tuple[Box, Box] | None:
     """Where what a piece has of ``box`` stands in the local tensor, and where in ``box``; None if it has nothing."""
-    if (shared := _overlap(piece.full, box)) is None:
+    if (shared := overlap(piece.full, box)) is None:
         return None
     outside = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(shared, box, strict=True))
-    return _inside(piece, shared), outside
-
-
-def _count(box: Box) -> int:
-    count = 1
-    for run in box:
-        count *= run.stop - run.start
-    return count
-
-
-def _flat(parts: list[Tensor]) -> Tensor | None:
-    return torch.cat([part.reshape(-1) for part in parts]) if parts else None
+    return piece.inside(shared), outside

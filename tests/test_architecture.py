@@ -24,7 +24,7 @@ WINGS = {
 }
 FLOORS = [
     {"errors", "config", "registry"},
-    {"mesh", "ledger", "comm", "shard", "rng", "tokenizer"},
+    {"mesh", "ledger", "comm", "shard", "reshard", "rng", "tokenizer"},
     {"kernels"},
     {"tp", "sp", "pp", "ep"},
     {"models"},

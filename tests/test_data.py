@@ -591,7 +591,14 @@ def test_no_layout_changes_a_step(tmp_path: Path, shuffle: bool) -> None:
         seen = set()
         for size in (1, 2, 4):
             for microbatches in (1, 2):
-                kept = dict(sequence=6, sequences=16, seed=3, shuffle=shuffle, microbatches=microbatches, size=size)
+                kept = {
+                    "sequence": 6,
+                    "sequences": 16,
+                    "seed": 3,
+                    "shuffle": shuffle,
+                    "microbatches": microbatches,
+                    "size": size,
+                }
                 ranks = [Loader(tokens, rank=rank, **kept).step(number) for rank in range(size)]  # pyright: ignore
                 assert all(len(batches) == microbatches for batches in ranks)
                 assert {len(batch) for batches in ranks for batch in batches} == {96 // size // microbatches}
@@ -660,7 +667,7 @@ def test_validation_covers_each_window_once_and_keeps_ranks_in_step(tmp_path: Pa
     tokens = counted(tmp_path, 101)
     assert tokens.windows(10) == 10
     for limit, wanted in ((None, 10), (9, 9), (5, 5), (99, 10)):
-        kept = dict(sequence=10, sequences=4, size=size, limit=limit)
+        kept = {"sequence": 10, "sequences": 4, "size": size, "limit": limit}
         ranks = [list(validation_batches(tokens, rank=rank, **kept)) for rank in range(size)]  # pyright: ignore
         assert {len(batches) for batches in ranks} == {-(-wanted // 4)}
         steps = list(zip(*ranks, strict=True))

@@ -379,7 +379,7 @@ def test_existing_folders_are_kept(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     folder = write(LLAMA, tmp_path / "empty")
     before = (folder / "model.safetensors").stat().st_ino
-    with pytest.raises(ModelFolderError, match="exists and is not empty"):
+    with pytest.raises(ModelFolderError, match="exists and is not empty; to replace"):
         write(LLAMA, folder)
     assert (folder / "model.safetensors").stat().st_ino == before
     write(TIED, folder, overwrite=True, max_file_bytes=9000)
@@ -480,7 +480,11 @@ def fail_to_save(folder: str) -> list[str]:
 def test_every_rank_learns_that_saving_failed(ranks: Ranks, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     first, second = ranks.run(fail_to_save, world=2, folder=str(tmp_path))
-    assert first[0] == second[0] == f"ModelFolderError: {tmp_path}: exists and is not empty"
+    assert (
+        first[0]
+        == second[0]
+        == (f"ModelFolderError: {tmp_path}: exists and is not empty; to replace an exported folder, say overwrite")
+    )
     assert first[1] == "OSError: disk full"
     assert second[1].startswith("RankError: rank 0 could not write")
     assert os.listdir(tmp_path) == ["x"]

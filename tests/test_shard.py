@@ -19,7 +19,8 @@ from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
 from parallel.models.decoder import build_model
-from parallel.shard import Section, Shard, assemble, fill, finalize_gradients, initialize, param_shards, reshard
+from parallel.reshard import reshard
+from parallel.shard import Section, Shard, assemble, fill, finalize_gradients, initialize, param_shards
 from parallel.tp import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 Q, KV = Section(8 * 3, 3, name="q"), Section(2 * 3, 3, repeat=True, name="k")

@@ -119,7 +119,7 @@ class Loader:
 def validation_batches(
     packed: PackedTokens, *, sequence: int, sequences: int, rank: int = 0, size: int = 1, limit: int | None = None
 ) -> Iterator[Batch]:
-    """The first ``limit`` windows (None: all) in order, ``sequences`` at a time over all ranks.
+    """``limit`` windows spread evenly over the text (None: all) in order, ``sequences`` at a time over all ranks.
 
     Every rank gets equally many batches, so that ranks stay in step; where windows run short, a rank's batch holds
     fewer of them, or one whose labels are all :data:`IGNORE`. Nothing is yielded where there is no whole window.
@@ -128,14 +128,16 @@ def validation_batches(
         ConfigError: an argument out of its range.
     """
     refuse(ConfigError, Loader.problems(sequence=sequence, sequences=size * max(sequences, 0), rank=rank, size=size))
-    count = packed.windows(sequence) if limit is None else min(packed.windows(sequence), max(limit, 0))
+    there = packed.windows(sequence)
+    count = there if limit is None else min(there, max(limit, 0))
+    chosen = [place * there // count for place in range(count)]
     return (
-        _share(packed, sequence, range(first, min(first + sequences, count)), rank, size, key)
+        _share(packed, sequence, chosen[first : first + sequences], rank, size, key)
         for key, first in enumerate(range(0, count, sequences))
     )
 
 
-def _share(packed: PackedTokens, sequence: int, windows: range, rank: int, size: int, key: int) -> Batch:
+def _share(packed: PackedTokens, sequence: int, windows: list[int], rank: int, size: int, key: int) -> Batch:
     places = range(rank * len(windows) // size, (rank + 1) * len(windows) // size)
     if places:
         return _pack(packed, sequence, [(place, windows[place]) for place in places], key)

@@ -23,6 +23,9 @@ _ROWS = 128
 """Queries at a time: the block of probabilities above the diagonal is never formed."""
 
 
+_PAD = 32
+
+
 def packed_attention_reference(
     q_TNH: Tensor,
     k_TKH: Tensor,
@@ -84,15 +87,13 @@ class _ShortDocuments(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
         for start, end in pairwise(boundaries):
-            keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
-            for first, stop in _blocks(start, end):
-                seen = stop - start
-                p = q.new_empty(heads, stop - first, seen)
-                queries = q[first:stop].transpose(0, 1).contiguous()
-                torch.baddbmm(p, queries, keys[:, :seen].transpose(1, 2), beta=0, alpha=scale, out=p)
-                p[:, :, first - start :].add_(above[: stop - first, : stop - first])
+            queries, keys, values = (_by_head(x[start:end], n) for x, n in ((q, 1), (k, share), (v, share)))
+            for first, stop in _blocks(queries.shape[1]):
+                p = q.new_empty(heads, stop - first, stop)
+                torch.baddbmm(p, queries[:, first:stop], keys[:, :stop].mT, beta=0, alpha=scale, out=p)
+                p[:, :, first:].add_(above[: stop - first, : stop - first])
                 torch.softmax(p, -1, out=p)
-                out[first:stop] = torch.bmm(p, values[:, :seen]).transpose(0, 1)
+                _put(out, start + first, min(start + stop, end), torch.bmm(p, values[:, :stop]))
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.boundaries = boundaries
@@ -106,30 +107,42 @@ class _ShortDocuments(torch.autograd.Function):
         gq, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         probabilities = iter(kept)
         for start, end in pairwise(ctx.boundaries):
-            keys, values = _by_head(k[start:end], share), _by_head(v[start:end], share)
-            into_keys, into_values = torch.zeros_like(keys), torch.zeros_like(values)
-            for first, stop in _blocks(start, end):
-                seen, p = stop - start, next(probabilities)
-                queries, gb = (x[first:stop].transpose(0, 1).contiguous() for x in (q, g))
-                d = torch.bmm(gb, values[:, :seen].transpose(1, 2))
+            queries, keys, values = (_by_head(x[start:end], n) for x, n in ((q, 1), (k, share), (v, share)))
+            up, into_keys, into_values = _by_head(g[start:end], 1), torch.zeros_like(keys), torch.zeros_like(values)
+            for first, stop in _blocks(queries.shape[1]):
+                p, rows = next(probabilities), up[:, first:stop]
+                d = torch.bmm(rows, values[:, :stop].mT)
                 d = torch.ops.aten._softmax_backward_data(d, p, -1, p.dtype)
-                gq[first:stop] = torch.bmm(d, keys[:, :seen]).transpose(0, 1)
-                into_keys[:, :seen].baddbmm_(d.transpose(1, 2), queries)
-                into_values[:, :seen].baddbmm_(p.transpose(1, 2), gb)
-            gk[start:end] = into_keys.unflatten(0, (-1, share)).sum(1).transpose(0, 1)
-            gv[start:end] = into_values.unflatten(0, (-1, share)).sum(1).transpose(0, 1)
+                _put(gq, start + first, min(start + stop, end), torch.bmm(d, keys[:, :stop]))
+                into_keys[:, :stop].baddbmm_(d.mT, queries[:, first:stop])
+                into_values[:, :stop].baddbmm_(p.mT, rows)
+            _put(gk, start, end, into_keys.unflatten(0, (-1, share)).sum(1))
+            _put(gv, start, end, into_values.unflatten(0, (-1, share)).sum(1))
         return gq.mul_(scale), gk.mul_(scale), gv, None
 
 
-def _blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, end, _ROWS):
-        yield first, min(first + _ROWS, end)
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, length, _ROWS):
+        yield first, min(first + _ROWS, length)
 
 
 def _by_head(x_TKH: Tensor, share: int) -> Tensor:
-    """(T, K, H) of one document as (N, T, H), each key-value head repeated for the query heads that share it."""
-    x = x_TKH.transpose(0, 1)
-    return x.contiguous() if share == 1 else x.repeat_interleave(share, dim=0)
+    """(T, K, H) of one document as (N, T, H), each key-value head repeated for the query heads that share it.
+
+    In half precision T is padded with zeros, which the causal mask hides from every real query: the library compiles
+    its products for each new shape, so there had better be few.
+    """
+    tokens, heads, size = x_TKH.shape
+    padded = tokens if x_TKH.dtype.itemsize > 2 else -(-tokens // _PAD) * _PAD
+    x = x_TKH.new_empty(heads, share, padded, size)
+    x[:, :, :tokens] = x_TKH.transpose(0, 1)[:, None]
+    x[:, :, tokens:] = 0
+    return x.view(heads * share, padded, size)
+
+
+def _put(out_TNH: Tensor, start: int, end: int, rows_NTH: Tensor) -> None:
+    """Write rows of all heads to tokens ``start`` to ``end``, without their padding."""
+    out_TNH[start:end] = rows_NTH[:, : end - start].transpose(0, 1)
 
 
 def _runs(boundaries: Sequence[int]) -> Iterator[tuple[slice, int]]:
