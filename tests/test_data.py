@@ -21,19 +21,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from parallel.errors import ConfigError, DataError
 from parallel.models.batch import IGNORE, Batch
+from parallel.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer, vocabulary_size, write_tokenizer
 from zero import data
 from zero.corpus import STDLIB, Corpus, held_out, sample
 from zero.data import DataConfig, PackedTokens, Prepared, prepare
 from zero.loader import Loader, permute, validation_batches
-from zero.tokenizer import (
-    END_OF_TEXT,
-    encode_documents,
-    end_of_text,
-    load_tokenizer,
-    train_bpe,
-    vocabulary_size,
-    write_tokenizer,
-)
+from zero.tokenizer import encode_documents, train_bpe
 
 CODE = (
     'class Ünïcode(object):\r\n\tdef f(self):\n        return {"a_b": 12345}  # 日本語 🦜 it\'s\n\n\n\n'
@@ -679,7 +672,8 @@ def test_validation_covers_each_window_once_and_keeps_ranks_in_step(tmp_path: Pa
             busy = [batch for batch in step if batch.labels_T is not None and (batch.labels_T != IGNORE).any()]
             seen += [token for batch in busy for token in batch.tokens_T.tolist()]
             assert all(batch.index_T is not None and int(batch.index_T.max()) < 40 for batch in busy)
-        assert seen == list(range(1, wanted * 10 + 1))
+        windows = [place * 10 // wanted for place in range(wanted)]
+        assert seen == [window * 10 + offset + 1 for window in windows for offset in range(10)]
 
 
 def test_validation_of_nothing_is_nothing(tmp_path: Path) -> None:
