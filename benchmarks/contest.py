@@ -251,10 +251,11 @@ def fastest(results: Sequence[Result]) -> Result:
 
 
 def paired(above: Result, below: Result) -> tuple[float, str]:
-    """The ratio of the medians, and in words the quartiles of the ratios of neighbouring steps."""
+    """The ratio of the medians, and in words the quartiles of neighbouring steps' ratios and the ratio of the least."""
     ratios = [a / b for a, b in zip(above.seconds, below.seconds, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
-    return above.median / below.median, f"quartiles {low:.2f} .. {high:.2f}, n={len(ratios)}"
+    least = min(above.seconds) / min(below.seconds)
+    return above.median / below.median, f"quartiles {low:.2f} .. {high:.2f}, of the least {least:.2f}, n={len(ratios)}"
 
 
 def show(results: Sequence[Result]) -> None:
