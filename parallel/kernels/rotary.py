@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallel.comm import apply
 
-__all__ = ["rotary", "rotary_reference"]
+__all__ = ["rotary", "rotary_", "rotary_reference"]
 
 
 def rotary_reference(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
@@ -46,6 +46,36 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(a, cos, out=out[..., :half]).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=out[..., half:]).addcmul_(a, sin)
     return out
+
+
+class _RotaryInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        ctx.mark_dirty(x)
+        return _rotate_(x, heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _rotate_(grads[0].clone(memory_format=torch.contiguous_format), ctx.heads, cos, -sin), None, None, None
+
+
+def _rotate_(x_TO: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    size = 2 * cos.shape[1]
+    x = x_TO.view(x_TO.shape[0], -1, size)[:, :heads]
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    first = a.clone()
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).addcmul_(first, sin)
+    return x_TO
+
+
+def rotary_(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """:func:`rotary_reference` of the first ``heads`` heads of (T, heads and more x H), in place."""
+    return apply(_RotaryInPlace, x_TO, heads, cos_TH, sin_TH)
 
 
 def rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel import rng
 from parallel.kernels.dropout import dropout
-from parallel.kernels.rotary import rotary
+from parallel.kernels.rotary import rotary, rotary_
 from parallel.kernels.swiglu import swiglu
 from parallel.models.batch import Batch
 from parallel.models.build import Build
@@ -86,11 +86,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None) -> Tensor:
         """(T, D) -> (T, D), our tokens of each."""
-        q, k, v = self.qkv.split_heads(self.qkv(x_TD, len(batch)))
+        qkv = self.qkv(x_TD, len(batch))
+        if angles is not None and self.q_norm is None:
+            qkv = rotary_(qkv, self.qkv.local_heads + self.qkv.local_kv_heads, *angles)
+        q, k, v = self.qkv.split_heads(qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotary(q, *angles), rotary(k, *angles)
+            if angles is not None:
+                q, k = rotary(q, *angles), rotary(k, *angles)
         if self.recompute and self.training:
             out = _recomputed(self.core, q, k, v, batch, self.training)
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parallel import comm
 from parallel.errors import DataError
+from parallel.ledger import caller
 from parallel.mesh import Axis
 from parallel.tp.method import Dense, LinearMethod
 
@@ -146,21 +147,32 @@ class LossSum(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and loss block by block; the gradients are formed on the way, so that no logits are kept or made twice."""
+    """Head and loss block by block; the gradients are formed on the way, so that no logits are kept or made twice.
+
+    The gradient of the input is summed over the axis at once, so that of it only this rank's tokens are kept.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, terms: _Terms, scale: float, block: int
+        ctx: Any,
+        x: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        terms: _Terms,
+        scale: float,
+        block: int,
+        sequence: bool,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(x_TD.dtype)
+        place, axis, wide = caller(__file__, comm.__file__), terms.axis, _wide(x.dtype)
+        x_TD = comm.start_all_gather(x, axis, labels_T.shape[0], place).wait() if sequence else x
         losses_T = torch.empty(x_TD.shape[0], dtype=wide, device=x_TD.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         gx_TD = torch.empty_like(x_TD) if needs_x else None
         gw_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         for start in range(0, x_TD.shape[0], block):
             rows = slice(start, start + block)
-            x, labels = x_TD[rows], labels_T[rows]
-            logits = terms.method.product(x, weight_VD, None).to(wide)
+            rows_TD, labels = x_TD[rows], labels_T[rows]
+            logits = terms.method.product(rows_TD, weight_VD, None).to(wide)
             losses_T[rows], lse, softmax = _loss_and_softmax(logits, labels, terms)
             if gx_TD is None and gw_VD is None:
                 continue
@@ -169,7 +181,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gx_TD is not None:
                 gx_TD[rows] = terms.method.input_gradient(gradient, weight_VD)
             if gw_VD is not None:
-                gw_VD += terms.method.weight_gradient(gradient, x)
+                gw_VD += terms.method.weight_gradient(gradient, rows_TD)
+        if gx_TD is not None:
+            start_sum = comm.start_reduce_scatter if sequence else comm.start_all_reduce
+            gx_TD = start_sum(gx_TD, axis, place=place).wait()
         ctx.grads = gx_TD, None if gw_VD is None else gw_VD.to(weight_VD.dtype)
         ctx.mark_non_differentiable(losses_T)
         return losses_T.sum() * scale, losses_T
@@ -182,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if up.device.type != "cpu" or up.item() != 1.0:
             gx = None if gx is None else gx * up.to(gx.dtype)
             gw = None if gw is None else gw * up.to(gw.dtype)
-        return gx, gw, None, None, None, None
+        return gx, gw, None, None, None, None, None
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -220,9 +235,5 @@ def vocab_parallel_linear_cross_entropy(
     _check(labels_T, terms.vocabulary)
     if not torch.is_grad_enabled():
         x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    if sequence_parallel:
-        x_TD = comm.all_gather(x_TD, axis, total=labels_T.shape[0])
-    else:
-        x_TD = comm.replicate(x_TD, axis)
-    total, losses = comm.apply(_LinearCrossEntropy, x_TD, weight_VD, labels_T, terms, scale, block)
+    total, losses = comm.apply(_LinearCrossEntropy, x_TD, weight_VD, labels_T, terms, scale, block, sequence_parallel)
     return LossSum(total, losses)
