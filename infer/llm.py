@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from infer.kv import CachedAttention, StepBatch
-from infer.request import Completion, Request, SamplingParams, Slice, plan
+from infer.request import Completion, Request, SamplingParams, Slice, plan, prompt_problems
 from parallel.errors import ConfigError, DataError, refuse
 from parallel.hf import load_model
 from parallel.mesh import Mesh
@@ -76,7 +76,9 @@ class LLM:
         params = SamplingParams() if params is None else params
         refuse(ConfigError, params.problems())
         encoded = [self._encode(prompt) for prompt in prompts]
-        refuse(DataError, self._problems(encoded, params))
+        config = self.model.config
+        longest = config.max_positions if config.positions == "learned" else None
+        refuse(DataError, prompt_problems(encoded, params, vocabulary=config.vocabulary, longest=longest))
         requests = [Request(index, list(ids), len(ids), params) for index, ids in enumerate(encoded)]
         while slices := plan(requests, self.budget, self.requests):
             self._step(slices)
@@ -92,22 +94,6 @@ class LLM:
         if self.tokenizer is None:
             raise DataError("the model folder has no tokenizer: give prompts as token ids")
         return self.tokenizer.encode(prompt).ids
-
-    def _problems(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[str]:
-        config, problems = self.model.config, list[str]()
-        for index, ids in enumerate(prompts):
-            if not ids:
-                problems.append(f"prompt {index} is empty")
-            bad = [token for token in ids if not 0 <= token < config.vocabulary]
-            if bad:
-                problems.append(f"prompt {index}: token id {bad[0]} is outside the vocabulary of {config.vocabulary}")
-            longest = len(ids) + params.max_tokens
-            if config.positions == "learned" and longest > config.max_positions:
-                problems.append(
-                    f"prompt {index}: {len(ids)} tokens and max_tokens = {params.max_tokens} exceed the model's "
-                    f"{config.max_positions} positions"
-                )
-        return problems
 
     def _step(self, slices: Sequence[Slice]) -> None:
         """Compute one packed step, and commit what it chose."""

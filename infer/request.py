@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from parallel.config import option
 
-__all__ = ["Completion", "Request", "SamplingParams", "Slice", "plan"]
+__all__ = ["Completion", "Request", "SamplingParams", "Slice", "plan", "prompt_problems"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,32 @@ class Slice(NamedTuple):
     def samples(self) -> bool:
         """Whether this slice reaches the request's last token."""
         return self.stop == len(self.request.tokens)
+
+
+def prompt_problems(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, *, vocabulary: int, longest: int | None
+) -> list[str]:
+    """Why these prompts cannot be continued.
+
+    Args:
+        prompts: token ids.
+        params: the same for all.
+        vocabulary: of the model.
+        longest: most positions the model has; None: no limit.
+    """
+    problems: list[str] = []
+    for index, ids in enumerate(prompts):
+        if not ids:
+            problems.append(f"prompt {index} is empty")
+        bad = [token for token in ids if not 0 <= token < vocabulary]
+        if bad:
+            problems.append(f"prompt {index}: token id {bad[0]} is outside the vocabulary of {vocabulary}")
+        if longest is not None and len(ids) + params.max_tokens > longest:
+            problems.append(
+                f"prompt {index}: {len(ids)} tokens and max_tokens = {params.max_tokens} exceed the model's "
+                f"{longest} positions"
+            )
+    return problems
 
 
 def plan(requests: Sequence[Request], budget: int, most: int) -> list[Slice]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from launch.cli import help_text, positionals
 from launch.recipe import PRECISIONS, Recipe
 from parallel.config import option, options, parse_flags, read_toml, resolve
 from parallel.errors import CheckpointError, RunFolderError, refuse
-from parallel.hf import read_config, write_folder
+from parallel.hf import write_folder
+from parallel.tokenizer import end_of_text, load_tokenizer
 from zero.checkpoint import Checkpoint, latest
-from zero.data import Prepared
 
 __all__ = ["main"]
 
@@ -47,20 +46,17 @@ def main(arguments: Sequence[str]) -> int:
         raise CheckpointError(f"{run}: has no checkpoint yet")
     checkpoint = Checkpoint.open(found)
     refuse(CheckpointError, checkpoint.problems())
-    prepared = Prepared.load(recipe.data_folder)
-    model = read_config(Path(recipe.init)) if recipe.init else recipe.model
-    if not model.vocabulary:
-        model = dataclasses.replace(model, vocabulary=prepared.vocabulary)
+    tokenizer = Path(run) / "tokenizer"
+    end = end_of_text(load_tokenizer(tokenizer), tokenizer)
     trained = torch.float64 if recipe.precision == "fp64" else torch.float32
-    dtype = trained if config.precision == "master" else PRECISIONS[config.precision]
     write_folder(
-        model.resolved(),
+        recipe.model.resolved(),
         checkpoint.whole,
         Path(target),
-        dtype=dtype,
-        tokenizer=prepared.folder,
-        bos=prepared.end_of_text,
-        eos=prepared.end_of_text,
+        dtype=trained if config.precision == "master" else PRECISIONS[config.precision],
+        tokenizer=tokenizer,
+        bos=end,
+        eos=end,
         overwrite=config.overwrite,
     )
     print(f"{target}: step {checkpoint.step} of {run}")

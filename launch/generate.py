@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from infer import LLM, SamplingParams
+from infer.request import prompt_problems
 from launch.cli import help_text, positionals
 from launch.ranks import on_ranks
 from launch.recipe import PRECISIONS, Precision, layout_refusals
@@ -18,6 +19,7 @@ from parallel.config import option, options, parse_flags, resolve
 from parallel.errors import ConfigError, DataError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout, Mesh
+from parallel.tokenizer import load_tokenizer
 
 __all__ = ["main"]
 
@@ -63,7 +65,12 @@ def main(arguments: Sequence[str]) -> int:
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, sequence_parallel=False))
     prompts = _prompts(config)
     refuse(ModelFolderError, check_folder(Path(folder)))
-    refuse(ConfigError, read_config(Path(folder)).layout_problems(config.layout.tp))
+    model = read_config(Path(folder))
+    refuse(ConfigError, model.layout_problems(config.layout.tp))
+    tokenizer = load_tokenizer(folder)
+    longest = model.max_positions if model.positions == "learned" else None
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    refuse(DataError, prompt_problems(encoded, config.sampling, vocabulary=model.vocabulary, longest=longest))
     return on_ranks(
         ["generate", *arguments], config.layout, config.device, lambda mesh: _generate(config, folder, prompts, mesh)
     )

@@ -342,14 +342,21 @@ def run_rank(main: Callable[[], int]) -> int:
         code = 128 + signal.SIGINT
     except BaseException as error:  # noqa: BLE001 - the other ranks must not wait for this one
         code = report_failure(error)
-    torch = sys.modules.get("torch.distributed")
-    if code and (_report_fd() is not None or (torch is not None and torch.is_available() and torch.is_initialized())):
-        # Taking a process group down waits for ranks that are waiting for this one.
+    if _is_one_of_many():
+        # Taking a process group down may wait for ranks that are waiting for this one, and its threads may outlive the
+        # interpreter they report to.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
     return code
+
+
+def _is_one_of_many() -> bool:
+    with contextlib.suppress(Refusal):
+        place = detect(os.environ)
+        return place is not None and place.world > 1 and "torch.distributed" in sys.modules
+    return False
 
 
 def report_failure(error: BaseException) -> int:

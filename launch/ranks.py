@@ -15,10 +15,11 @@ import torch
 from launch.env import Placement, connect, detect, disconnect
 from launch.local import run_local
 from launch.memory import keep_freed_memory
-from parallel.errors import ConfigError
+from parallel import comm
+from parallel.errors import ConfigError, RankError, Refusal, refuse
 from parallel.mesh import Layout, Mesh
 
-__all__ = ["Stop", "choose_device", "first_of_all", "on_ranks", "stop_signals"]
+__all__ = ["Stop", "check_world", "choose_device", "first_alone", "on_ranks", "stop_signals"]
 
 
 def on_ranks(
@@ -30,16 +31,11 @@ def on_ranks(
     ``python -m launch command`` once a rank and waits. Started by torchrun, MPI, SLURM or ourselves, it is one rank.
 
     Raises:
-        ConfigError: the starter's world is not the layout's.
+        ConfigError: what :func:`check_world` finds.
     """
-    place = detect(os.environ)
+    place = check_world(layout, device)
     if place is None and layout.world > 1:
         return run_local([sys.executable, "-m", "launch", *command], layout.world, environ=os.environ, grace_s=grace_s)
-    if place is not None and place.world != layout.world:
-        raise ConfigError(
-            f"{place.source} started {place.world} ranks, but layout pp={layout.pp} dp={layout.dp} cp={layout.cp} "
-            f"tp={layout.tp} needs {layout.world}; the nearest layout that works has dp={_nearest_dp(layout, place)}"
-        )
     keep_freed_memory()
     chosen = choose_device(device, place.local_rank if place else 0)
     if place is None or place.world == 1:
@@ -50,29 +46,60 @@ def on_ranks(
     return result
 
 
+def check_world(layout: Layout, device: str) -> Placement | None:
+    """This process's place, after a check that a layout can be had here; None if it was started bare.
+
+    Raises:
+        ConfigError: the starter's world is not the layout's, or CUDA is asked for and is not there.
+    """
+    place, problems = detect(os.environ), list[str]()
+    if place is not None and place.world != layout.world:
+        problems.append(
+            f"{place.source} started {place.world} ranks, but layout pp={layout.pp} dp={layout.dp} cp={layout.cp} "
+            f"tp={layout.tp} needs {layout.world}; the nearest layout that works has dp={_nearest_dp(layout, place)}"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        problems.append("device = 'cuda': torch sees no CUDA device; use device = 'cpu'")
+    local = layout.world if place is None else place.local_world
+    if device != "cpu" and torch.cuda.is_available() and local > torch.cuda.device_count():
+        problems.append(
+            f"{local} ranks on this machine, which has {torch.cuda.device_count()} GPUs; use device = 'cpu'"
+        )
+    refuse(ConfigError, problems)
+    return place
+
+
+def first_alone(mesh: Mesh, work: Callable[[], None]) -> None:
+    """Run ``work`` on rank 0 while the others wait; if it is refused there, every rank ends.
+
+    Raises:
+        Refusal: on rank 0, what ``work`` raised; RankError on the others.
+    """
+    refusal: Refusal | None = None
+    if mesh.rank == 0:
+        try:
+            work()
+        except Refusal as error:
+            refusal = error
+    verdict = comm.gather_json(refusal is None, mesh.world)
+    if refusal is not None:
+        raise refusal
+    if not verdict[0]:
+        raise RankError("rank 0 refused the input")
+
+
 def _nearest_dp(layout: Layout, place: Placement) -> str:
     rest = layout.world // layout.dp
     return str(place.world // rest) if place.world % rest == 0 else f"1 and {place.world} ranks shared by tp"
 
 
-def first_of_all() -> bool:
-    """Whether this process is the one that prepares what all ranks use: rank 0, or one that was started bare."""
-    place = detect(os.environ)
-    return place is None or place.rank == 0
-
-
 def choose_device(name: str, local_rank: int) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` as a device of this rank.
 
-    Raises:
-        ConfigError: CUDA is asked for and absent.
+    :func:`check_world` has made sure that it is there.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch sees no CUDA device; use device = 'cpu'")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local_rank} has no GPU of its own: there are {torch.cuda.device_count()}")
     return torch.device("cuda", local_rank)
 
 

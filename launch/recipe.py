@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +13,12 @@ from typing import Any, Literal
 import torch
 
 from parallel.config import option, read_toml, resolve
-from parallel.errors import ConfigError, nearest
+from parallel.errors import ConfigError, nearest, refuse
+from parallel.hf import read_config
 from parallel.mesh import Layout
 from parallel.models.config import DecoderConfig
-from zero.data import DataConfig
+from parallel.models.families import FAMILIES
+from zero.data import DataConfig, Prepared
 from zero.loader import Loader
 from zero.optimizer import OptimizerConfig, ZeroConfig
 from zero.schedule import ScheduleConfig
@@ -65,8 +68,8 @@ class Recipe:
         if self.steps < 1:
             yield f"steps = {self.steps}: must be at least 1"
         yield from layout_refusals(self.layout)
-        if not any(True for _ in self.model.problems()) and self.layout.tp >= 1 and not self.init:
-            yield from self.model.layout_problems(self.layout.tp)
+        if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
+            yield from self.model_problems()
         if self.layout.dp >= 1:
             batch = self.batch
             yield from (
@@ -78,9 +81,40 @@ class Recipe:
                     size=self.layout.dp,
                 )
             )
-        if self.model.positions == "learned" and self.batch.sequence > self.model.max_positions:
-            longest = self.model.max_positions
+
+    def model_problems(self) -> Iterator[str]:
+        """Why the model cannot be of its family, shared by the layout, or given such sequences."""
+        model = self.model
+        if model.family not in FAMILIES:
+            near = nearest(model.family, FAMILIES)
+            yield f"model.family = {model.family!r}: unknown{near}; there are: {', '.join(FAMILIES)}"
+            return
+        yield from (f"model: {problem}" for problem in FAMILIES[model.family].problems(model.resolved()))
+        yield from model.layout_problems(self.layout.tp)
+        if model.positions == "learned" and self.batch.sequence > model.max_positions:
+            longest = model.max_positions
             yield f"batch.sequence = {self.batch.sequence} is longer than model.max_positions = {longest}"
+
+    def with_model(self, prepared: Prepared) -> Recipe:
+        """The effective recipe: the model of ``init`` if there is one, and the tokenizer's vocabulary.
+
+        Raises:
+            ConfigError: the model has fewer tokens than the tokenizer, or cannot be trained like this.
+        """
+        model = read_config(Path(self.init)) if self.init else self.model
+        if not model.vocabulary:
+            model = dataclasses.replace(model, vocabulary=prepared.vocabulary)
+        whole = dataclasses.replace(self, model=model)
+        short = model.vocabulary < prepared.vocabulary
+        problem = f"model.vocabulary = {model.vocabulary} is less than the tokenizer's {prepared.vocabulary}"
+        refuse(ConfigError, [*([problem] if short else []), *whole.model_problems()])
+        return whole
+
+    @property
+    def text(self) -> DataConfig:
+        """The data, with the tokenizer of ``init`` unless another is given."""
+        given = self.data.tokenizer or self.init
+        return dataclasses.replace(self.data, tokenizer=given)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +124,7 @@ class Recipe:
     @property
     def data_folder(self) -> Path:
         """Where the packed data goes: beside the run, shared by all runs over the same text and tokenizer."""
-        identity = json.dumps(self.data.identity(), sort_keys=True)
+        identity = json.dumps(self.text.identity(), sort_keys=True)
         return Path(self.out).parent / "data" / hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 

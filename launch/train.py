@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.cli import help_text, positionals
-from launch.ranks import first_of_all, on_ranks, stop_signals
+from launch.ranks import check_world, first_alone, on_ranks, stop_signals
 from launch.recipe import Recipe, load_recipe, recipes
-from parallel import comm
 from parallel.config import options, parse_flags, to_table, to_toml
-from parallel.errors import ConfigError, refuse
-from parallel.hf import load_model, read_config
+from parallel.errors import ModelFolderError, refuse
+from parallel.hf import check_folder, load_model
 from parallel.mesh import Mesh
 from parallel.models.build import Build
-from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder, build_model
+from parallel.tokenizer import load_tokenizer, write_tokenizer
 from zero.data import Prepared, prepare
 from zero.loader import Loader, validation_batches
 from zero.metrics import Metrics
@@ -25,11 +23,22 @@ from zero.optimizer import ZeroOptimizer
 from zero.run import RunFolder
 from zero.trainer import Trainer
 
-__all__ = ["main"]
+__all__ = ["check_recipe", "loader", "main", "model_of"]
 
 USAGE = "lockstep train RECIPE [--OPTION VALUE ...]"
 
-FREE = ("out", "layout", "steps", "device", "recompute", "batch.microbatches", "trainer", "optimizer.bucket_mb")
+FREE = (
+    "out",
+    "layout",
+    "steps",
+    "device",
+    "recompute",
+    "batch.microbatches",
+    "optimizer.bucket_mb",
+    "trainer.validate_every",
+    "trainer.save_every",
+    "trainer.keep",
+)
 """Options that may change when a run is continued."""
 
 VALIDATION_WINDOWS = 64
@@ -43,58 +52,66 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     (name,) = positionals(["RECIPE"], given, problems)
     recipe = load_recipe(name, overrides, problems)
-    if first_of_all():
-        _check_before_ranks(recipe)
+    if check_world(recipe.layout, recipe.device) is None:
+        folder = RunFolder(Path(recipe.out))
+        folder.hold()
+        try:
+            _check(recipe, folder)
+        finally:
+            folder.release()
     return on_ranks(
         ["train", *arguments], recipe.layout, recipe.device, lambda mesh: _train(recipe, mesh), grace_s=120.0
     )
 
 
-def _check_before_ranks(recipe: Recipe) -> None:
-    """Everything that can be refused, and the packed data, before any rank starts."""
+def check_recipe(recipe: Recipe) -> Recipe:
+    """Refuse what can be refused, make the packed data, and return the effective recipe."""
     if recipe.init:
-        model = read_config(Path(recipe.init))
-        refuse(ConfigError, [*model.problems(), *model.layout_problems(recipe.layout.tp)])
+        refuse(ModelFolderError, check_folder(Path(recipe.init)))
+    prepared = prepare(recipe.text, recipe.data_folder, _announce)
+    Loader(prepared.open("train"), sequence=recipe.batch.sequence, sequences=1)
+    return recipe.with_model(prepared)
+
+
+def _check(recipe: Recipe, folder: RunFolder) -> Recipe:
+    folder.check(to_table(recipe), (*FREE, "model"))
+    whole = check_recipe(recipe)
+    folder.check(to_table(whole), FREE)
+    return whole
+
+
+def _announce(what: str, share: float) -> None:
+    if sys.stderr.isatty() or share in (0.0, 1.0):
+        end = "\r" if sys.stderr.isatty() and share < 1 else "\n"
+        print(f"{what}: {share:.0%}", end=end, file=sys.stderr, flush=True)
+
+
+def _train(recipe: Recipe, mesh: Mesh) -> int:
     folder = RunFolder(Path(recipe.out))
-    folder.hold()
+    first_alone(mesh, lambda: _begin(recipe, folder))
     try:
-        folder.adopt(to_toml(recipe), to_table(recipe), FREE)
-        prepared = prepare(recipe.data, recipe.data_folder, _announce)
-        Loader(prepared.open("train"), sequence=recipe.batch.sequence, sequences=1)
-        _model_config(recipe, prepared)
+        return _run(recipe, mesh, folder)
     finally:
         folder.release()
 
 
-def _announce(what: str, share: float) -> None:
-    end = "\r" if sys.stderr.isatty() and share < 1 else "\n"
-    if sys.stderr.isatty() or share in (0.0, 1.0):
-        print(f"{what}: {share:.0%}", end=end, file=sys.stderr, flush=True)
+def _begin(recipe: Recipe, folder: RunFolder) -> None:
+    """On rank 0: hold the folder, check everything, and write down what this run is."""
+    folder.hold()
+    whole = _check(recipe, folder)
+    prepared = Prepared.load(whole.data_folder)
+    folder.write_config(to_toml(whole))
+    tokenizer = load_tokenizer(prepared.folder)
+    (folder.path / "tokenizer").mkdir(exist_ok=True)
+    write_tokenizer(tokenizer, folder.path / "tokenizer", end=prepared.end_of_text)
+    print(to_toml(whole), flush=True)
 
 
-def _model_config(recipe: Recipe, prepared: Prepared) -> DecoderConfig:
-    """The model with the tokenizer's vocabulary.
-
-    Raises:
-        ConfigError: the tokenizer has more tokens than the model.
-    """
-    config = read_config(Path(recipe.init)) if recipe.init else recipe.model
-    if not config.vocabulary:
-        config = dataclasses.replace(config, vocabulary=prepared.vocabulary)
-    if config.vocabulary < prepared.vocabulary:
-        raise ConfigError(f"model.vocabulary = {config.vocabulary} is less than the tokenizer's {prepared.vocabulary}")
-    return config
-
-
-def _train(recipe: Recipe, mesh: Mesh) -> int:
+def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
     first = mesh.rank == 0
-    folder = RunFolder(Path(recipe.out))
-    if first:
-        folder.hold()
-        print(to_toml(recipe), flush=True)
-    comm.barrier(mesh.world)
     prepared = Prepared.load(recipe.data_folder)
-    model = _model(recipe, mesh, prepared)
+    recipe = recipe.with_model(prepared)
+    model = model_of(recipe, mesh)
     with stop_signals() as stop:
         trainer = Trainer(
             model,
@@ -103,7 +120,7 @@ def _train(recipe: Recipe, mesh: Mesh) -> int:
             steps=recipe.steps,
             config=recipe.trainer,
             schedule=recipe.schedule,
-            data=_loader(recipe, prepared, mesh).step,
+            data=loader(recipe, prepared, mesh).step,
             validation=lambda: validation_batches(
                 prepared.open("validation"),
                 sequence=recipe.batch.sequence,
@@ -121,20 +138,21 @@ def _train(recipe: Recipe, mesh: Mesh) -> int:
             print(f"continuing {recipe.out} after step {trainer.done}", flush=True)
         finished = trainer.run()
     if first:
-        folder.release()
         how = "done" if finished else "stopped on request: start it again to continue"
         print(f"{recipe.out}: {trainer.done} of {recipe.steps} steps, {how}", flush=True)
     return 0
 
 
-def _model(recipe: Recipe, mesh: Mesh, prepared: Prepared) -> Decoder:
+def model_of(recipe: Recipe, mesh: Mesh) -> Decoder:
+    """The model of an effective recipe, with the weights that training starts from."""
     build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute)
     if recipe.init:
         return load_model(Path(recipe.init), build)
-    return build_model(_model_config(recipe, prepared), build, recipe.seed)
+    return build_model(recipe.model, build, recipe.seed)
 
 
-def _loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:
+def loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:
+    """This rank's part of the data of a recipe."""
     return Loader(
         prepared.open("train"),
         sequence=recipe.batch.sequence,

@@ -15,20 +15,17 @@ import torch
 from torch import Tensor
 
 from launch.cli import help_text, positionals
-from launch.ranks import first_of_all, on_ranks
+from launch.ranks import check_world, first_alone, on_ranks
 from launch.recipe import Recipe, load_recipe, recipes
+from launch.train import check_recipe, loader, model_of
 from parallel import comm, rng
 from parallel.config import options, parse_flags, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
-from parallel.hf import check_folder, load_model, read_config
+from parallel.hf import check_folder, read_config
 from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
-from parallel.models.build import Build
-from parallel.models.config import DecoderConfig
-from parallel.models.decoder import Decoder, build_model
 from parallel.shard import gather_whole
-from zero.data import Prepared, prepare
-from zero.loader import Loader
+from zero.data import Prepared
 from zero.optimizer import ZeroOptimizer
 
 __all__ = ["main"]
@@ -60,47 +57,30 @@ def main(arguments: Sequence[str]) -> int:
     if Path(name).is_dir():
         recipe = resolve(Recipe(init=name), {"batch": {"sequence": 64}}, overrides, extra=problems)
         refuse(ModelFolderError, check_folder(Path(name)))
+        recipe = dataclasses.replace(recipe, model=read_config(Path(name)))
+        refuse(ConfigError, recipe.model_problems())
     else:
         recipe = load_recipe(name, overrides, problems)
-        if first_of_all():
-            prepare(recipe.data, recipe.data_folder)
-    config = read_config(Path(recipe.init)) if recipe.init else recipe.model
-    refuse(ConfigError, config.layout_problems(recipe.layout.tp))
-    return on_ranks(["verify", *arguments], recipe.layout, recipe.device, lambda mesh: _verify(recipe, mesh))
+    place = check_world(recipe.layout, recipe.device)
+    if place is None and not Path(name).is_dir():
+        check_recipe(recipe)
+    random = Path(name).is_dir()
+    return on_ranks(["verify", *arguments], recipe.layout, recipe.device, lambda mesh: _verify(recipe, mesh, random))
 
 
-def _verify(recipe: Recipe, mesh: Mesh) -> int:
-    model, data = _subject(recipe, mesh)
-    asked = _trace(recipe, mesh, model, data)
+def _verify(recipe: Recipe, mesh: Mesh, random: bool) -> int:
+    """``random``: the tokens are random ones, not those of the recipe's data."""
+    if not random:
+        first_alone(mesh, lambda: check_recipe(recipe) and None)
+        recipe = recipe.with_model(Prepared.load(recipe.data_folder))
+    asked = _trace(recipe, mesh, random)
     differs = torch.zeros(1, dtype=torch.int64, device=mesh.device)
     if mesh.rank == 0:
-        alone = Mesh.single(mesh.device)
-        model, data = _subject(recipe, alone)
-        differs += _report(recipe, _trace(recipe, alone, model, data), asked)
+        differs += _report(recipe, _trace(recipe, Mesh.single(mesh.device), random), asked)
     return int(comm.sum_(differs, mesh.world))
 
 
-def _subject(recipe: Recipe, mesh: Mesh) -> tuple[Decoder, Callable[[int], list[Batch]]]:
-    build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute)
-    if recipe.init:
-        model = load_model(Path(recipe.init), build)
-        return model, lambda step: _random_batches(recipe, model.config, mesh, step)
-    prepared = Prepared.load(recipe.data_folder)
-    config = dataclasses.replace(recipe.model, vocabulary=recipe.model.vocabulary or prepared.vocabulary)
-    batch = recipe.batch
-    loader = Loader(
-        prepared.open("train"),
-        sequence=batch.sequence,
-        sequences=batch.sequences,
-        microbatches=batch.microbatches,
-        rank=mesh.data.rank,
-        size=mesh.data.size,
-        seed=recipe.seed,
-    )
-    return build_model(config, build, recipe.seed), loader.step
-
-
-def _random_batches(recipe: Recipe, config: DecoderConfig, mesh: Mesh, step: int) -> list[Batch]:
+def _random_batches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
     """Random tokens: a function of the seed, the step and global indices, cut over the data axis as training data."""
     batch, size = recipe.batch, mesh.data.size
     each = batch.sequences // (size * batch.microbatches)
@@ -109,7 +89,7 @@ def _random_batches(recipe: Recipe, config: DecoderConfig, mesh: Mesh, step: int
         first = (microbatch * size + mesh.data.rank) * each * batch.sequence
         index = torch.arange(first, first + each * batch.sequence + 1)
         draws = rng.uniform(rng.key(recipe.seed, "verify", step), index)
-        tokens = (draws * config.vocabulary).long()
+        tokens = (draws * recipe.model.vocabulary).long()
         labels = tokens[1:].clone()
         labels[batch.sequence - 1 :: batch.sequence] = IGNORE
         rows, targets = tokens[:-1].split(batch.sequence), labels.split(batch.sequence)
@@ -117,7 +97,11 @@ def _random_batches(recipe: Recipe, config: DecoderConfig, mesh: Mesh, step: int
     return batches
 
 
-def _trace(recipe: Recipe, mesh: Mesh, model: Decoder, data: Callable[[int], list[Batch]]) -> _Trace:
+def _trace(recipe: Recipe, mesh: Mesh, random: bool) -> _Trace:
+    model = model_of(recipe, mesh)
+    data: Callable[[int], list[Batch]] = lambda step: _random_batches(recipe, mesh, step)  # noqa: E731
+    if not random:
+        data = loader(recipe, Prepared.load(recipe.data_folder), mesh).step
     optimizer = ZeroOptimizer(model, mesh, recipe.optimizer)
     shards = optimizer.buckets.shards
     losses: list[float] = []

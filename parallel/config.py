@@ -8,8 +8,10 @@ whatever the dataclasses' own ``problems()`` methods add.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -247,11 +249,10 @@ def _convert_scalar(given: Any, kind: Any) -> Any:
         return _integer(given)
     if kind is float:
         if isinstance(given, Flag | int | float) and not isinstance(given, bool):
-            try:
-                return float(given)
-            except ValueError:
-                pass
-        raise ValueError("must be a number")
+            with contextlib.suppress(ValueError):
+                if math.isfinite(value := float(given)):
+                    return value
+        raise ValueError("must be a finite number")
     if kind is str:
         if isinstance(given, str):
             return str(given)

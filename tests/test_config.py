@@ -92,7 +92,7 @@ def test_every_option_is_documented_and_every_recipe_is_valid() -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--layout.tp", "6"], "layout.tp = 6 does not divide the 8 heads; the nearest degree that works is 8"),
+        (["--layout.tp", "6"], "layout.tp = 6 does not divide the 8 heads; the nearest degree that works is 4"),
         (["--layout.pp", "2"], "layout.pp = 2: this version has no pipeline parallelism"),
         (["--layout.dp", "3"], "the nearest that is: 15"),
         (["--layout.tp", "0"], "tp = 0: a degree is at least 1"),
@@ -103,6 +103,10 @@ def test_every_option_is_documented_and_every_recipe_is_valid() -> None:
         (["--batch.microbatches", "3"], "must be divisible by"),
         (["--precison", "bf16"], "unknown option 'precison' (did you mean 'precision'?)"),
         (["--layout.ep", "3"], "ep * etp = 3 does not divide"),
+        (["--model.family", "lama"], "model.family = 'lama': unknown (did you mean 'llama'?)"),
+        (["--model.family", "qwen3"], "qk_norm"),
+        (["--optimizer.lr", "nan"], "must be a finite number"),
+        (["--model.std", "-1"], "std = -1.0: must not be negative"),
     ],
 )
 def test_recipes_refuse_what_cannot_be(flags: list[str], expected: str) -> None:

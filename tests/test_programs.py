@@ -222,3 +222,35 @@ def test_help_lists_every_option() -> None:
         out, _ = run(command, "--help")
         assert "options:" in out
     assert "--help" not in out
+
+
+def test_a_refused_start_leaves_nothing_that_refuses_the_next(recipe: Path, tmp_path: Path) -> None:
+    out = recipe.parent / tmp_path.name
+    run("train", recipe, "--out", out, "--data.source", "/nonexistent", code=2)
+    run("train", recipe, "--out", out, "--steps", 1)
+    _, err = run("train", recipe, "--out", out, "--steps", 1, "--trainer.z-loss", "0.1", "--seed", 9, code=2)
+    assert "trainer.z_loss was 0.0, now 0.1" in err
+    assert "seed was 0, now 9" in err
+
+
+def test_fine_tuning_keeps_the_tokenizer_and_export_needs_no_particular_folder(
+    recipe: Path, alone: Path, tmp_path: Path
+) -> None:
+    run("export", alone, tmp_path / "first")
+    out = recipe.parent / tmp_path.name
+    flags = ("--init", tmp_path / "first", "--data.source", recipe, "--data.validation", 0, "--steps", 1)
+    _, err = run("train", recipe, "--out", out, "--data.text-key", "", *flags, code=2)
+    assert "text_key" in err
+    (tmp_path / "more.txt").write_text("x = 1\n" * 200)
+    flags = (*flags[:3], tmp_path / "more.txt", *flags[4:])
+    run("train", recipe, "--out", out, "--layout.tp", 2, *flags)
+    (out.parent / "data").rename(out.parent / "elsewhere")
+    try:
+        run("export", out, tmp_path / "second")
+    finally:
+        (out.parent / "elsewhere").rename(out.parent / "data")
+    first, second = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert first.get_vocab() == second.get_vocab()
+    (tmp_path / "first" / "model.safetensors").write_bytes(b"\0" * 100)
+    _, err = run("train", recipe, "--out", tmp_path / "third", "--init", tmp_path / "first", code=2)
+    assert "model.safetensors" in err

@@ -293,6 +293,33 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
         trainer_on(Mesh.single(), folder=RunFolder(tmp_path)).resume()
 
 
+def test_checkpoints_hold_what_was_never_updated_and_what_is_frozen(tmp_path: Path) -> None:
+    def frozen(seed: int) -> Trainer:
+        model = build_model(CONFIG, Build(mesh=Mesh.single(), dtype=torch.float64), seed=seed)
+        model.embedding.weight.requires_grad_(False)
+        folder = RunFolder(tmp_path)
+        return Trainer(model, ZeroOptimizer(model, Mesh.single(), OPTIMIZER), Mesh.single(), steps=9, folder=folder)
+
+    one, two = frozen(1), frozen(2)
+    one.save()
+    assert two.resume()
+    assert torch.equal(one.model.embedding.weight, two.model.embedding.weight)
+    assert one.step(batches(0)).loss == two.step(batches(0)).loss
+    assert one.step(batches(1)).loss == two.step(batches(1)).loss
+    saved = checkpoint.Checkpoint.open(tmp_path / "checkpoints" / "step-00000000")
+    assert torch.equal(saved.whole("embedding.weight"), two.model.embedding.weight)
+    with pytest.raises(CheckpointError, match="exp_avg"):
+        saved.whole("embedding.weight", "exp_avg")
+
+
+def test_checkpoints_beyond_the_latest_are_of_a_past_that_was_left(tmp_path: Path) -> None:
+    trainer = trainer_on(Mesh.single(), folder=RunFolder(tmp_path), loop=TrainerConfig(keep=1))
+    (tmp_path / "checkpoints" / "step-00000020").mkdir(parents=True)
+    trainer.step(batches(0))
+    trainer.save()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer = trainer_on(Mesh.single(), folder=RunFolder(tmp_path))
     trainer.step(batches(0))
@@ -321,13 +348,14 @@ def test_a_run_folder_has_one_holder(tmp_path: Path) -> None:
 
 def test_another_recipe_in_the_same_folder_is_refused_with_every_difference(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.adopt("seed = 1\nsteps = 5\n[optimizer]\nlr = 0.1\n", {}, [])
+    folder.write_config("seed = 1\nsteps = 5\n[optimizer]\nlr = 0.1\n")
+    folder.check({"seed": 2}, [])  # nothing has begun here
+    folder.metrics.write_text("{}\n")
     with pytest.raises(RunFolderError) as caught:
-        folder.adopt("", {"seed": 2, "steps": 9, "optimizer": {"lr": 0.2}}, ["steps"])
+        folder.check({"seed": 2, "steps": 9, "optimizer": {"lr": 0.2}}, ["steps"])
     assert len(caught.value.problems) == 2
     assert "optimizer.lr was 0.1, now 0.2" in caught.value.problems[0]
-    folder.adopt("seed = 1\n", {"seed": 1, "steps": 9, "optimizer": {"lr": 0.1}}, ["steps"])
-    assert folder.config.read_text() == "seed = 1\n"
+    folder.check({"seed": 1, "steps": 9, "optimizer": {"lr": 0.1}}, ["steps"])
 
 
 def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:

@@ -58,11 +58,17 @@ class Buckets:
         model: its parameters become views of the buckets.
         mesh: gradients are summed over ``mesh.data`` (and tp where they arrive in parts).
         bucket_bytes: of gradients; a larger parameter has a bucket of its own.
+
+    Attributes:
+        buckets: in the order in which they are reduced.
+        frozen: parameters that are not trained, by name.
+        shards: the shard table of all.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int) -> None:
         self.mesh = mesh
         self.shards = param_shards(model)
+        self.frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.buckets: list[Bucket] = []
         self._where: dict[nn.Parameter, tuple[int, int]] = {}
         self._launched = 0

@@ -75,10 +75,17 @@ def save(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, step: int, token
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         _point(folder, final.name)
-        for old in sorted(folder.glob("step-*"))[:-keep] if keep else []:
-            shutil.rmtree(old, ignore_errors=True)
+        _prune(folder, final, keep)
     comm.barrier(mesh.world)
     return final
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints; those beyond the newest are of a past that was left."""
+    there = sorted(folder.glob("step-*"))
+    older = [path for path in there if path.name < newest.name]
+    for path in older[: len(older) - keep + 1] + [path for path in there if path.name > newest.name]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
@@ -171,7 +178,7 @@ class Checkpoint:
                 if found is None:
                     continue
                 inside, outside = found
-                part = self._file(entry["name"]).get_slice(f"{name}|{what}")[inside]
+                part = self._slice(entry["name"], f"{name}|{what}", inside)
                 if result is None:
                     result = part.new_empty([run.stop - run.start for run in box])
                 result[outside] = part
@@ -183,13 +190,13 @@ class Checkpoint:
         """The whole of a parameter."""
         return self.read(name, what, tuple(slice(0, size) for size in self.shards[name].shape))
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(str(self.folder / name), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder / name}: {error}") from None
-        return self._open[name]
+    def _slice(self, file: str, key: str, box: Box) -> Tensor:
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(str(self.folder / file), framework="pt")
+            return self._open[file].get_slice(key)[box]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: {error}") from None
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

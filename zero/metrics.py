@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -67,9 +68,10 @@ class MetricsLog:
         self._file = path.open("a")
 
     def write(self, metrics: Metrics) -> None:
-        """Append one step; it is in the file when this returns."""
+        """Append one step; it is in the file when this returns. A number that is not finite becomes null."""
         values = {name: value for name, value in asdict(metrics).items() if value is not None}
-        self._file.write(json.dumps(values) + "\n")
+        finite = {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def close(self) -> None:

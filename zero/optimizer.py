@@ -128,11 +128,18 @@ class ZeroOptimizer:
         return norm
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter, what, this rank's piece as a view): the master weights and every state vector."""
+        """(parameter, what, this rank's piece as a view): the master weights and every state vector.
+
+        Parameters that are not trained come last, as they are.
+        """
+        if not self.inner.state:
+            self.prepare()
         for flat, bucket in zip(self._flats, self.buckets.buckets, strict=True):
             yield from _views(bucket, "master", bucket.master)
             for what, value in self._vectors(flat).items():
                 yield from _views(bucket, what, value)
+        for name, parameter in self.buckets.frozen.items():
+            yield name, "master", parameter.data
 
     def scalars(self) -> dict[str, float]:
         """State that is one number for a parameter (AdamW's step count), by parameter and what."""
@@ -158,6 +165,10 @@ class ZeroOptimizer:
                 bucket.master.copy_(values)
         for group, lr in zip(self.inner.param_groups, lrs, strict=True):
             group["lr"] = lr
+        for state in self.inner.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.ndim == 0:
+                    value.zero_()
 
     @torch.no_grad()
     def restore(self, scalars: dict[str, float]) -> None:

@@ -57,18 +57,22 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def adopt(self, toml: str, table: Mapping[str, Any], free: Iterable[str]) -> None:
-        """Write the effective configuration, or check it against the one the run began with.
+    @property
+    def begun(self) -> bool:
+        """Whether a run has left something here that another must not continue."""
+        return self.config.exists() and (self.metrics.exists() or self.checkpoints.exists())
+
+    def check(self, table: Mapping[str, Any], free: Iterable[str]) -> None:
+        """Compare a configuration with the one that the run in this folder began with, if one has begun.
 
         Args:
-            toml: the configuration as text.
-            table: the same as nested values.
+            table: the configuration as nested values.
             free: dotted options, or groups, that may change between starts of one run.
 
         Raises:
             RunFolderError: an option that makes another run of it has changed; all are listed.
         """
-        if self.config.exists():
+        if self.begun:
             before, after, may = _flat(read_toml(self.config)), _flat(table), tuple(free)
             changed = [
                 f"{self.path}: {name} was {before.get(name, 'not set')!r}, now {after.get(name, 'not set')!r}; "
@@ -77,6 +81,9 @@ class RunFolder:
                 if before.get(name) != after.get(name) and not any(name == f or name.startswith(f + ".") for f in may)
             ]
             refuse(RunFolderError, changed)
+
+    def write_config(self, toml: str) -> None:
+        """Write the effective configuration."""
         temporary = self.config.with_name(".config.tmp")
         temporary.write_text(toml)
         os.replace(temporary, self.config)

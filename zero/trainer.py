@@ -101,11 +101,11 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for index, batch in enumerate(batches):
             self.optimizer.expect_last(index == len(batches) - 1)
-            loss = self.model.loss(batch, scale=1 / count, **self._loss_options)
+            loss = self.model.loss(batch, scale=1 / max(1, count), **self._loss_options)
             loss.total.backward()
             total += loss.losses_T.sum()
         norm = self.optimizer.step(lr)
-        mean = float(comm.sum_(total, self.mesh.data)) / count
+        mean = float(comm.sum_(total, self.mesh.data)) / max(1, count)
         self.done += 1
         self.tokens += count
         seconds = time.perf_counter() - started
@@ -125,7 +125,7 @@ class Trainer:
     def _count(self, batches: Iterable[Batch]) -> int:
         """Labels of the step on all ranks."""
         own = sum(int((batch.labels_T != IGNORE).sum()) for batch in batches if batch.labels_T is not None)
-        return max(1, int(comm.sum_(torch.tensor(own, device=self.mesh.device), self.mesh.data)))
+        return int(comm.sum_(torch.tensor(own, device=self.mesh.device), self.mesh.data))
 
     def _utilization(self, batches: Sequence[Batch], seconds: float) -> float:
         if not self._peak:

@@ -100,6 +100,9 @@ class DecoderConfig:
             if getattr(self, name) < 0:
                 yield f"{name} = {getattr(self, name)}: must not be negative"
                 return
+        for name in ("std", "norm_eps"):
+            if getattr(self, name) < 0:
+                yield f"{name} = {getattr(self, name)}: must not be negative"
         config = self.resolved()
         if config.head_size < 1:
             yield f"hidden = {self.hidden} is less than heads = {self.heads}, and head_size is not given"
