@@ -2,6 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+export PROMPT
+define PROMPT
+class Reader:
+    def __init__(self, path):
+endef
 
 .PHONY: help env demo test lint types tests format bench clean
 
@@ -24,7 +29,7 @@ demo: env
 	$(BIN)/python -m launch train tiny --layout.tp 2 --layout.dp 2 --out $(DEMO)
 	$(BIN)/python -m launch export $(DEMO) $(DEMO)/model
 	$(BIN)/python examples/same_logits.py $(DEMO)/model
-	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "def read_"
+	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "$$PROMPT"
 	$(BIN)/python examples/plot_loss.py $(DEMO)
 
 test: lint types tests

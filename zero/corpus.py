@@ -25,7 +25,10 @@ TEXT_SUFFIXES = (
     " .toml .yaml .yml .ini .cfg .html .css .xml"
 )
 SUFFIXES = frozenset(f"{TEXT_SUFFIXES} .jsonl .parquet".split())
-STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+STDLIB_SKIPPED = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+)
+"""Folders of the standard library that are left out: tests, other people's packages, and generated tables."""
 SHOWN = 20
 
 
