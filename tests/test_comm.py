@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 from torch import Tensor
 
@@ -337,3 +339,22 @@ def test_ledger_totals() -> None:
     ]
     ledger.reset()
     assert (ledger.calls(), len(ledger.recent)) == (0, 0)
+
+
+def gather_and_scatter_by_old_names() -> list[float]:
+    axis, names = Mesh.build(Layout(tp=dist.get_world_size())).tp, ("_gather_into", "_reduce_scatter_into")
+    kept = [getattr(comm, name) for name in names]
+    comm._gather_into, comm._reduce_scatter_into = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            whole = comm.all_gather(torch.full((3,), float(axis.rank)), axis)
+            return [*whole.tolist(), *comm.reduce_scatter(whole, axis).tolist()]
+    finally:
+        comm._gather_into, comm._reduce_scatter_into = kept
+
+
+def test_the_names_that_torch_2_11_has_do_the_same(ranks: Ranks) -> None:
+    first, second = ranks.run(gather_and_scatter_by_old_names, world=2)
+    assert first == [0.0] * 3 + [1.0] * 3 + [0.0] * 3
+    assert second == [0.0] * 3 + [1.0] * 3 + [2.0] * 3

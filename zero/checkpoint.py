@@ -56,6 +56,7 @@ def save(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, step: int, token
         name = f"rank-{mesh.rank:05d}.safetensors"
         tensors = {f"{parameter}|{what}": view for parameter, what, view in optimizer.state()}
         save_file({key: view.detach().cpu().contiguous() for key, view in tensors.items()}, temporary / name)
+        (temporary / name).chmod(0o644)  # safetensors writes for the owner alone
         _sync(temporary / name)
         entry = {"name": name, "rank": mesh.rank, **_fingerprint(temporary / name)}
     entries = comm.gather_json(entry, mesh.world)

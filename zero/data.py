@@ -180,8 +180,8 @@ def _by_percent(progress: Progress | None) -> Progress:
 
 def _difference(folder: Path, key: str, there: Any, asked: Any) -> str:
     if key == "fingerprint":
-        return f"{folder}: made from other files (their names, sizes or times differ); use another folder"
-    return f"{folder}: made with data.{key} = {there!r}, asked for is {asked!r}; use another folder"
+        return f"{folder}: made from other files (their names, sizes or times differ); remove it to make it anew"
+    return f"{folder}: made with data.{key} = {there!r}, asked for is {asked!r}; remove it to make it anew"
 
 
 def _inputs(config: DataConfig) -> tuple[Corpus, tuple[Tokenizer, int] | None]:

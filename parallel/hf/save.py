@@ -126,6 +126,7 @@ def _write_tensors(
         for name in names:
             held |= _divided(name, tensors(name), shards[name], table[name], dtype)
         save_file(held, draft / file, metadata={"format": "pt"})
+        (draft / file).chmod(0o644)  # safetensors writes for the owner alone
         weight_map |= dict.fromkeys(held, file)
     if len(files) > 1:
         total = sum(_numel(shard) for shard in shards.values()) * dtype.itemsize
