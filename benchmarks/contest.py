@@ -280,6 +280,12 @@ def show(results: Sequence[Result]) -> None:
 def details(results: Sequence[Result]) -> list[dict[str, Any]]:
     """For ``--json``."""
     return [
-        {"name": r.name, "spec": r.spec, "median_s": r.median, "seconds": r.seconds, "losses": r.losses}
+        {
+            "name": r.name,
+            "spec": {key: value for key, value in r.spec.items() if key != "weights"},
+            "median_s": r.median,
+            "seconds": r.seconds,
+            "losses": r.losses,
+        }
         for r in results
     ]
