@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -165,12 +166,16 @@ def loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:
 
 
 def _reporter(steps: int) -> Callable[[Metrics], None]:
-    """Prints a line a step on a terminal, and about fifty a run elsewhere."""
+    """Prints a line a step on a terminal; elsewhere about fifty a run, and at least one in ten seconds."""
     every = 1 if sys.stdout.isatty() else max(1, steps // 50)
+    printed = time.monotonic()
 
     def report(m: Metrics) -> None:
-        if m.step % every and m.step != steps and m.validation_loss is None:
+        nonlocal printed
+        due = m.step % every == 0 or m.step == steps or m.validation_loss is not None
+        if not due and time.monotonic() - printed < 10:
             return
+        printed = time.monotonic()
         line = (
             f"step {m.step:>{len(str(steps))}}/{steps}  loss {m.loss:.4f}  grad_norm {m.grad_norm:.3f}  lr {m.lr:.2e}  "
             f"{m.tokens_per_second:,.0f} tokens/s  mfu {m.mfu:.0%}  {m.peak_memory / 2**20:,.0f} MiB"
