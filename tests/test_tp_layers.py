@@ -19,6 +19,7 @@ from parallel.mesh import Axis, Layout, Mesh
 from parallel.shard import Section, Shard, finalize_gradients, param_shards
 from parallel.tp import (
     ColumnParallelLinear,
+    Dense,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -354,3 +355,53 @@ def test_what_the_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 units of k"):
         QKVParallelLinear(4, 2, 12, 3, axis)
     assert QKVParallelLinear(4, 2, 8, 1, axis).weight.shape == (8, 4)
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_backward_of_a_column_layer_overlaps_its_communication(monkeypatch: pytest.MonkeyPatch, sequence: bool) -> None:
+    """The input is gathered beside the input's gradient, whose sum is on its way beside the weight's gradient."""
+    events: list[str] = []
+
+    class Watched(Dense):
+        def input_gradient(self, gy_TO: Tensor, weight: Tensor) -> Tensor:
+            events.append("input gradient")
+            return super().input_gradient(gy_TO, weight)
+
+        def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
+            events.append("weight gradient")
+            return super().weight_gradient(gy_TO, x_TI)
+
+    def watch(name: str) -> None:
+        start = getattr(comm, name)
+
+        def started(*arguments: Any, **options: Any) -> comm.Pending:
+            events.append(f"start {name}")
+            pending = start(*arguments, **options)
+            return comm.Pending(pending.result, Done(name), pending.rows)
+
+        monkeypatch.setattr(comm, name, started)
+
+    class Done:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> None:
+            events.append(f"end {self.name}")
+
+    axis = Mesh.fake(Layout(tp=2), 0).tp
+    layer = ColumnParallelLinear(6, 8, axis, sequence_parallel=sequence, method=Watched())
+    y = layer(torch.randn(4, 6, requires_grad=True))
+    for name in ("start_all_gather", "start_reduce_scatter", "start_all_reduce"):
+        watch(name)
+    y.sum().backward()
+    total = "start_reduce_scatter" if sequence else "start_all_reduce"
+    gather = ["start start_all_gather"] if sequence else []
+    gathered = ["end start_all_gather"] if sequence else []
+    assert events == [
+        *gather,
+        "input gradient",
+        f"start {total}",
+        *gathered,
+        "weight gradient",
+        f"end {total}",
+    ]
