@@ -7,7 +7,7 @@ of the first step, and every weight after the last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from parallel.models.batch import IGNORE, Batch
 from parallel.shard import gather_whole
 from zero.data import Prepared
 from zero.optimizer import ZeroOptimizer
+from zero.trainer import Trainer
 
 __all__ = ["main"]
 
@@ -99,30 +100,19 @@ def _random_batches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
 
 def _trace(recipe: Recipe, mesh: Mesh, random: bool) -> _Trace:
     model = model_of(recipe, mesh)
-    data: Callable[[int], list[Batch]] = lambda step: _random_batches(recipe, mesh, step)  # noqa: E731
-    if not random:
-        data = loader(recipe, Prepared.load(recipe.data_folder), mesh).step
     optimizer = ZeroOptimizer(model, mesh, recipe.optimizer)
+    trainer = Trainer(model, optimizer, mesh, steps=recipe.steps, config=recipe.trainer, schedule=recipe.schedule)
     shards = optimizer.buckets.shards
+    packed = None if random else loader(recipe, Prepared.load(recipe.data_folder), mesh)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
-    model.train()
     for step in range(recipe.steps):
-        batches = [batch.to(mesh.device) for batch in data(step)]
-        count = sum(int((batch.labels_T != IGNORE).sum()) for batch in batches if batch.labels_T is not None)
-        total = int(comm.sum_(torch.tensor(count, device=mesh.device), mesh.data))
-        optimizer.begin()
-        loss = torch.zeros((), dtype=torch.float64, device=mesh.device)
-        for index, batch in enumerate(batches):
-            optimizer.expect_last(index == len(batches) - 1)
-            result = model.loss(batch, scale=1 / total)
-            result.total.backward()
-            loss += result.losses_T.sum()
+        batches = _random_batches(recipe, mesh, step) if packed is None else packed.step(step)
+        losses.append(trainer.accumulate(batches)[0])
         for name, view in optimizer.reduce():
             if step == 0:
                 gradients[name] = gather_whole(view, shards[name], mesh).cpu().clone()
-        optimizer.step()
-        losses.append(float(comm.sum_(loss, mesh.data)) / total)
+        trainer.update()
     weights = {
         name: gather_whole(view, shards[name], mesh).cpu().clone()
         for name, what, view in optimizer.state()

@@ -93,20 +93,8 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> Metrics:
         """One optimizer step over this rank's microbatches; what it returns is the same on every rank."""
         started = time.perf_counter()
-        self.model.train()
-        batches = [batch.to(self.mesh.device) for batch in batches]
-        count = self._count(batches)
-        lr = self.optimizer.config.lr * self.schedule.factor(self.done, self.steps)
-        self.optimizer.begin()
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for index, batch in enumerate(batches):
-            self.optimizer.expect_last(index == len(batches) - 1)
-            loss = self.model.loss(batch, scale=1 / max(1, count), **self._loss_options)
-            loss.total.backward()
-            total += loss.losses_T.sum()
-        norm = self.optimizer.step(lr)
-        mean = float(comm.sum_(total, self.mesh.data)) / max(1, count)
-        self.done += 1
+        mean, count = self.accumulate(batches)
+        norm, lr = self.update()
         self.tokens += count
         seconds = time.perf_counter() - started
         return Metrics(
@@ -121,6 +109,31 @@ class Trainer:
             mfu=self._utilization(batches, seconds),
             peak_memory=peak_memory(self.mesh.device),
         )
+
+    def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """The gradients of one step, on their way to being reduced.
+
+        Returns:
+            the mean loss, and the number of labels, of all ranks.
+        """
+        self.model.train()
+        batches = [batch.to(self.mesh.device) for batch in batches]
+        count = self._count(batches)
+        self.optimizer.begin()
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for index, batch in enumerate(batches):
+            self.optimizer.expect_last(index == len(batches) - 1)
+            loss = self.model.loss(batch, scale=1 / max(1, count), **self._loss_options)
+            loss.total.backward()
+            total += loss.losses_T.sum()
+        return float(comm.sum_(total, self.mesh.data)) / max(1, count), count
+
+    def update(self) -> tuple[float, float]:
+        """Apply the gradients of this step; their norm before clipping, and the learning rate."""
+        lr = self.optimizer.config.lr * self.schedule.factor(self.done, self.steps)
+        norm = self.optimizer.step(lr)
+        self.done += 1
+        return norm, lr
 
     def _count(self, batches: Iterable[Batch]) -> int:
         """Labels of the step on all ranks."""
