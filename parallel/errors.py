@@ -4,6 +4,7 @@
     ├── Refusal                 the input was wrong: nothing was started, nothing was written
     │   ├── ConfigError         an option, a recipe, a layout
     │   ├── ModelFolderError    a Hugging Face folder: absent, corrupt, incomplete
+    │   ├── ScheduleError       a pipeline schedule that is incomplete, out of order or deadlocked
     │   ├── DataError           a corpus, a tokenizer, a token id
     │   ├── CheckpointError     a checkpoint that cannot be read or does not fit
     │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
@@ -28,6 +29,7 @@ __all__ = [
     "RankError",
     "Refusal",
     "RunFolderError",
+    "ScheduleError",
     "ShardError",
     "nearest",
     "refuse",
@@ -48,6 +50,10 @@ class Refusal(LockstepError):
 
 class ConfigError(Refusal):
     """An option, a recipe or a layout that cannot be honoured."""
+
+
+class ScheduleError(Refusal):
+    """A pipeline schedule that is incomplete, out of order or deadlocked."""
 
 
 class ModelFolderError(Refusal):
