@@ -113,6 +113,7 @@ class LLM:
         chosen: list[int] = []
         if sampled:
             rows = torch.tensor([ends[index + 1] - 1 for index in sampled], device=device)
+            assert self.model.head is not None
             chosen = self.model.head(hidden[rows]).argmax(-1).tolist()
         for piece in slices:
             piece.request.computed = piece.stop

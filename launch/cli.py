@@ -21,6 +21,7 @@ COMMANDS: Registry[Command] = Registry(
         "export": "launch.export:main",
         "generate": "launch.generate:main",
         "verify": "launch.verify:main",
+        "draw": "launch.draw:main",
     },
 )
 
@@ -30,6 +31,7 @@ USAGE = """lockstep: train and serve large transformers; the answer does not dep
   lockstep export RUN MODEL_DIR            a run's latest checkpoint as a Hugging Face folder
   lockstep generate MODEL_DIR --prompt TEXT [--layout.tp 2 ...]
   lockstep verify MODEL_DIR_OR_RECIPE --layout.tp 2 ...    is this layout equal to one device?
+  lockstep draw SCHEDULE [--stages 4 --microbatches 8 --out x.svg ...]    a pipeline schedule, simulated
 
 RECIPE is a TOML file or the name of a built-in one. Started bare, a layout of several ranks starts them on this
 machine; under torchrun, mpirun or srun each process is one rank. `lockstep COMMAND --help` lists every option.

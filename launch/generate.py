@@ -43,7 +43,7 @@ class GenerateConfig:
         """Why these options do not go together."""
         if bool(self.prompt) == bool(self.prompts):
             yield "give --prompt TEXT or --prompts FILE" + (", not both" if self.prompt else "")
-        yield from layout_refusals(self.layout)
+        yield from layout_refusals(self.layout, "pp", "cp", "ep", "etp")
         if self.layout.dp > 1:
             yield f"layout.dp = {self.layout.dp}: generate uses one replica; the nearest layout that works has dp = 1"
         yield from self.sampling.problems()

@@ -18,6 +18,7 @@ from parallel.hf import read_config
 from parallel.mesh import Layout
 from parallel.models.config import DecoderConfig
 from parallel.models.families import FAMILIES
+from parallel.pp import PipelineConfig
 from zero.data import DataConfig, Prepared
 from zero.loader import Loader
 from zero.optimizer import OptimizerConfig, ZeroConfig
@@ -38,7 +39,7 @@ class BatchConfig:
 
     sequence: int = option(256, "tokens of a sequence")
     sequences: int = option(8, "sequences a step, over all ranks")
-    microbatches: int = option(1, "parts of a step that a rank works on one after the other")
+    microbatches: int = option(0, "parts of a step that are worked on one after the other (0: as the pipeline needs)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ class Recipe:
     )
     init: str = option("", "Hugging Face folder to start from; its configuration replaces model.*")
     layout: Layout = option(Layout(), "degrees of parallelism")
+    pp: PipelineConfig = option(PipelineConfig(), "the pipeline")
     model: DecoderConfig = option(DecoderConfig(), "the model")
     data: DataConfig = option(DataConfig(), "the text")
     batch: BatchConfig = option(BatchConfig(), "the step")
@@ -67,7 +69,7 @@ class Recipe:
         """Why these options do not go together."""
         if self.steps < 1:
             yield f"steps = {self.steps}: must be at least 1"
-        yield from layout_refusals(self.layout)
+        yield from layout_refusals(self.layout, "cp", "ep", "etp")
         if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
             yield from self.model_problems()
         if self.layout.dp >= 1:
@@ -77,10 +79,18 @@ class Recipe:
                 for problem in Loader.problems(
                     sequence=batch.sequence,
                     sequences=batch.sequences,
-                    microbatches=batch.microbatches,
+                    microbatches=self.microbatches,
                     size=self.layout.dp,
                 )
             )
+
+    @property
+    def microbatches(self) -> int:
+        """``batch.microbatches``, or what the pipeline needs: most of those up to 4 a stage that divide the step."""
+        if self.batch.microbatches:
+            return self.batch.microbatches
+        each, most = self.batch.sequences // max(1, self.layout.dp), 1 if self.layout.pp == 1 else 4 * self.layout.pp
+        return max((count for count in range(1, most + 1) if each % count == 0), default=1)
 
     def model_problems(self) -> Iterator[str]:
         """Why the model cannot be of its family, shared by the layout, or given such sequences."""
@@ -91,6 +101,8 @@ class Recipe:
             return
         yield from (f"model: {problem}" for problem in FAMILIES[model.family].problems(model.resolved()))
         yield from model.layout_problems(self.layout.tp)
+        if self.layout.pp > 1 and self.microbatches >= 1:
+            yield from (f"pp: {misfit}" for misfit in self.pp.misfits(model.layers, self.layout.pp, self.microbatches))
         if model.positions == "learned" and self.batch.sequence > model.max_positions:
             longest = model.max_positions
             yield f"batch.sequence = {self.batch.sequence} is longer than model.max_positions = {longest}"
@@ -128,10 +140,11 @@ class Recipe:
         return Path(self.out).parent / "data" / hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def layout_refusals(layout: Layout) -> Iterator[str]:
-    """The kinds of parallelism that are not there yet, each with the nearest layout that works."""
-    for name, what in (("pp", "pipeline"), ("cp", "context"), ("ep", "expert"), ("etp", "expert-tensor")):
-        degree = getattr(layout, name)
+def layout_refusals(layout: Layout, *names: str) -> Iterator[str]:
+    """Of some kinds of parallelism that are not there yet, those asked for, with the nearest layout that works."""
+    kinds = {"pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert-tensor"}
+    for name in names:
+        degree, what = getattr(layout, name), kinds[name]
         if degree > 1:
             instead = f" with layout.dp = {layout.dp * degree}" if name in ("pp", "cp") else ""
             yield (

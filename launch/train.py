@@ -31,6 +31,7 @@ USAGE = "lockstep train RECIPE [--OPTION VALUE ...]"
 FREE = (
     "out",
     "layout",
+    "pp",
     "steps",
     "device",
     "recompute",
@@ -130,6 +131,7 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
                 size=mesh.data.size,
                 limit=VALIDATION_WINDOWS,
             ),
+            pipeline=recipe.pp,
             bytes_per_token=prepared.bytes_per_token("validation"),
             folder=folder,
             report=_reporter(recipe.steps),
@@ -146,7 +148,10 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
 
 def model_of(recipe: Recipe, mesh: Mesh) -> Decoder:
     """The model of an effective recipe, with the weights that training starts from."""
-    build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute)
+    table = recipe.pp.table(mesh.pp.size, recipe.microbatches)
+    cuts = recipe.pp.cuts(recipe.model.layers, table.stages)
+    held = tuple(cuts[stage] for stage in table.stages_of(mesh.pp.rank))
+    build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute, cuts=held)
     if recipe.init:
         return load_model(Path(recipe.init), build)
     return build_model(recipe.model, build, recipe.seed)
@@ -158,7 +163,7 @@ def loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:
         prepared.open("train"),
         sequence=recipe.batch.sequence,
         sequences=recipe.batch.sequences,
-        microbatches=recipe.batch.microbatches,
+        microbatches=recipe.microbatches,
         rank=mesh.data.rank,
         size=mesh.data.size,
         seed=recipe.seed,

@@ -7,7 +7,7 @@ of the first step, and every weight after the last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from parallel import comm, rng
 from parallel.config import options, parse_flags, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
+from parallel.hf.table import whole_shards
 from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
+from parallel.models.config import DecoderConfig
 from parallel.shard import gather_whole
 from zero.data import Prepared
 from zero.optimizer import ZeroOptimizer
@@ -84,9 +86,9 @@ def _verify(recipe: Recipe, mesh: Mesh, random: bool) -> int:
 def _random_batches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
     """Random tokens: a function of the seed, the step and global indices, cut over the data axis as training data."""
     batch, size = recipe.batch, mesh.data.size
-    each = batch.sequences // (size * batch.microbatches)
+    each = batch.sequences // (size * recipe.microbatches)
     batches = []
-    for microbatch in range(batch.microbatches):
+    for microbatch in range(recipe.microbatches):
         first = (microbatch * size + mesh.data.rank) * each * batch.sequence
         index = torch.arange(first, first + each * batch.sequence + 1)
         draws = rng.uniform(rng.key(recipe.seed, "verify", step), index)
@@ -101,24 +103,47 @@ def _random_batches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
 def _trace(recipe: Recipe, mesh: Mesh, random: bool) -> _Trace:
     model = model_of(recipe, mesh)
     optimizer = ZeroOptimizer(model, mesh, recipe.optimizer)
-    trainer = Trainer(model, optimizer, mesh, steps=recipe.steps, config=recipe.trainer, schedule=recipe.schedule)
-    shards = optimizer.buckets.shards
+    trainer = Trainer(
+        model,
+        optimizer,
+        mesh,
+        steps=recipe.steps,
+        config=recipe.trainer,
+        schedule=recipe.schedule,
+        pipeline=recipe.pp,
+    )
     packed = None if random else loader(recipe, Prepared.load(recipe.data_folder), mesh)
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(recipe.steps):
         batches = _random_batches(recipe, mesh, step) if packed is None else packed.step(step)
         losses.append(trainer.accumulate(batches)[0])
-        for name, view in optimizer.reduce():
-            if step == 0:
-                gradients[name] = gather_whole(view, shards[name], mesh).cpu().clone()
+        views = dict(optimizer.reduce())
+        if step == 0:
+            gradients = _whole(views, model.config, optimizer, mesh)
         trainer.update()
-    weights = {
-        name: gather_whole(view, shards[name], mesh).cpu().clone()
-        for name, what, view in optimizer.state()
-        if what == "master"
-    }
+    masters = {name: view for name, what, view in optimizer.state() if what == "master"}
+    weights = _whole(masters, model.config, optimizer, mesh)
     return _Trace(losses, gradients, weights)
+
+
+def _whole(
+    views: Mapping[str, Tensor], config: DecoderConfig, optimizer: ZeroOptimizer, mesh: Mesh
+) -> dict[str, Tensor]:
+    """Whole tensors, on the first rank of the pipeline all of them, from the first holder of each."""
+    found: dict[str, Tensor] = {}
+    shapes = {name: shard.shape for name, shard in whole_shards(config).items()}
+    dtype = next(iter(views.values())).dtype
+    for name, (first, *_) in sorted(optimizer.buckets.holders.items()):
+        if mesh.pp.rank == first:
+            whole = gather_whole(views[name], optimizer.buckets.shards[name], mesh)
+            found[name] = whole.cpu().clone()
+            if first:
+                comm.send(whole, mesh.pp, 0)
+        elif mesh.pp.rank == 0:
+            whole = torch.empty(shapes[name], dtype=dtype, device=mesh.device)
+            found[name] = comm.receive_(whole, mesh.pp, first).cpu()
+    return found
 
 
 def _report(recipe: Recipe, alone: _Trace, asked: _Trace) -> int:

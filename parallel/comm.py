@@ -34,6 +34,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
 from parallel.ledger import Entry, caller
 from parallel.mesh import Axis
@@ -56,7 +57,10 @@ __all__ = [
     "split",
     "start_all_gather",
     "start_all_reduce",
+    "start_receive",
     "start_reduce_scatter",
+    "start_send",
+    "store",
     "sum_",
 ]
 
@@ -154,18 +158,33 @@ def sum_(x: Tensor, axis: Axis, op: Literal["sum", "max", "min"] = "sum") -> Ten
     return start_all_reduce(x, axis, op).wait()
 
 
-def send(x: Tensor, axis: Axis, to: int) -> None:
-    """Send ``x`` to rank ``to`` of the axis; returns when it may be changed. Outside autograd, any dtype."""
+def start_send(x: Tensor, axis: Axis, to: int, tag: int = 0) -> Pending:
+    """Send ``x`` to rank ``to`` of the axis, any dtype, outside autograd; not to be changed until it has left.
+
+    With gloo, messages with different tags may overtake one another; NCCL keeps the order and ignores the tag.
+    """
     _record("send", axis, _bytes(x), 1.0, None)
-    if axis.group is not None:
-        dist.send(x.contiguous().view(-1).view(torch.uint8), axis.ranks[to], axis.group)
+    if axis.group is None or not x.numel():
+        return Pending(x)
+    message = x.contiguous().view(-1).view(torch.uint8)
+    return Pending(message, dist.isend(message, axis.ranks[to], axis.group, tag))
+
+
+def start_receive(x: Tensor, axis: Axis, source: int, tag: int = 0) -> Pending:
+    """Fill ``x`` (contiguous) with what rank ``source`` of the axis sends with the same tag."""
+    if axis.group is None or not x.numel():
+        return Pending(x)
+    return Pending(x, dist.irecv(x.view(-1).view(torch.uint8), axis.ranks[source], axis.group, tag))
+
+
+def send(x: Tensor, axis: Axis, to: int) -> None:
+    """:func:`start_send`, and return when ``x`` may be changed."""
+    start_send(x, axis, to).wait()
 
 
 def receive_(x: Tensor, axis: Axis, source: int) -> Tensor:
-    """Fill ``x`` (contiguous) with what rank ``source`` of the axis sends."""
-    if axis.group is not None:
-        dist.recv(x.view(-1).view(torch.uint8), axis.ranks[source], axis.group)
-    return x
+    """:func:`start_receive`, and return when ``x`` is there."""
+    return start_receive(x, axis, source).wait()
 
 
 def barrier(axis: Axis) -> None:
@@ -183,6 +202,11 @@ def gather_json(value: Any, axis: Axis) -> list[Any]:
     lengths = start_all_gather(torch.tensor([text.numel()], device=device), axis).wait().tolist()
     texts = start_all_gather(_padded(text, max(lengths)), axis).wait().view(axis.size, -1).cpu()
     return [json.loads(bytes(row[:n].tolist())) for row, n in zip(texts, lengths, strict=True)]
+
+
+def store(axis: Axis, name: str) -> dist.Store | None:
+    """A part of the rendezvous store under a name, for what must be said when collectives fail; None alone."""
+    return None if axis.group is None else dist.PrefixStore(f"lockstep/{name}", _default_store())
 
 
 def _device(axis: Axis) -> torch.device:

@@ -10,6 +10,7 @@
     │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
     ├── ShardError              a tensor that does not fit its entry in the shard table
     └── RankError               a rank that raised, died or stopped answering
+        └── PipelineError       the same inside a pipeline step; it names the action
 
 A ``Refusal`` carries *all* the problems that were found, not the first. Programs print them and exit with
 status 2.
@@ -26,6 +27,7 @@ __all__ = [
     "DataError",
     "LockstepError",
     "ModelFolderError",
+    "PipelineError",
     "RankError",
     "Refusal",
     "RunFolderError",
@@ -78,6 +80,10 @@ class ShardError(LockstepError):
 
 class RankError(LockstepError):
     """A rank that raised, died or stopped answering."""
+
+
+class PipelineError(RankError):
+    """A rank that raised, died or stopped answering inside a pipeline step; the message names rank and action."""
 
 
 def refuse(error: type[Refusal], problems: Iterable[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,7 +115,7 @@ class Axis:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    ranks: range = range(1)
+    ranks: Sequence[int] = range(1)
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -146,7 +146,7 @@ class Mesh:
         self.pp, self.dp, self.cp, self.tp = (self.axes[name] for name in _DENSE)
         self.edp, self.ep, self.etp = (self.axes[name] for name in _EXPERT[1:])
         self.data, self.world = self.axes["data"], self.axes["world"]
-        self._subaxes: dict[tuple[str, int], Axis] = {}
+        self._subaxes: dict[tuple[str, tuple[int, ...], str], Axis] = {}
 
     @property
     def place(self) -> Place:
@@ -200,7 +200,7 @@ class Mesh:
         return Mesh(layout, rank, device, axes, ledger)
 
     def subaxis(self, name: str, size: int) -> Axis:
-        """Runs of ``size`` neighbouring ranks of an axis, as an axis; every rank of the world must call it.
+        """Runs of ``size`` neighbouring ranks of an axis, as an axis; every rank of the run must call it.
 
         Raises:
             ConfigError: ``size`` does not divide the axis.
@@ -208,16 +208,31 @@ class Mesh:
         axis = self.axes[name]
         if axis.size % size:
             raise ConfigError(f"runs of {size} ranks do not divide axis {name} of {axis.size}")
-        if size == axis.size:
+        first = axis.rank - axis.rank % size
+        return self.among(name, range(first, first + size))
+
+    def among(self, name: str, members: Sequence[int], use: str = "") -> Axis:
+        """Some ranks of an axis, this one among them, as an axis; each of them must call it.
+
+        Ranks that share several such axes must first call for them in the same order.
+
+        Args:
+            name: of the axis.
+            members: indices on it, ascending.
+            use: distinguishes axes over the same ranks whose messages must not wait for one another.
+        """
+        axis = self.axes[name]
+        if len(members) == axis.size and not use:
             return axis
-        if (name, size) not in self._subaxes:
-            first = axis.rank - axis.rank % size
-            ranks, group = axis.ranks[first : first + size], None
-            if axis.group is not None and size > 1:
-                runs = [g[i : i + size] for g in self.layout.groups(name) for i in range(0, axis.size, size)]
-                group = _join(runs, ranks, {})
-            self._subaxes[name, size] = Axis(f"{name}/{size}", axis.rank - first, size, group, ranks, self.ledger)
-        return self._subaxes[name, size]
+        key = (name, tuple(members), use)
+        if key not in self._subaxes:
+            ranks, group = tuple(axis.ranks[member] for member in members), None
+            if axis.group is not None and len(members) > 1:
+                made = dist.new_group(list(ranks), use_local_synchronization=True)
+                group = made if isinstance(made, dist.ProcessGroup) else None
+            label = f"{name}/{len(members)}"
+            self._subaxes[key] = Axis(label, members.index(axis.rank), len(members), group, ranks, self.ledger)
+        return self._subaxes[key]
 
 
 def _join(groups: list[range], own: range, made: dict[range, dist.ProcessGroup | None]) -> dist.ProcessGroup | None:

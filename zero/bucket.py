@@ -6,12 +6,15 @@ once, while backward goes on. Buckets are reduced in one fixed order on every ra
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parallel import comm
+from parallel.holders import holders
 from parallel.mesh import Mesh
 from parallel.shard import Shard, param_shards, sum_repeated
 
@@ -27,6 +30,7 @@ class Bucket:
         parameters: views of ``values``.
         decay: whether weight decay applies.
         partial: axes beside the data axis over which gradients are summed.
+        shared: pipeline ranks that hold the same parameters and sum their gradients; empty: this one alone.
         values: the parameters, in the precision of the model.
         master: the parameters in the precision of the optimizer; ``values`` itself where that is the same.
         gradient: in the precision of the optimizer.
@@ -37,6 +41,7 @@ class Bucket:
     parameters: list[nn.Parameter]
     decay: bool
     partial: tuple[str, ...]
+    shared: tuple[int, ...]
     values: Tensor
     master: Tensor
     gradient: Tensor
@@ -56,28 +61,33 @@ class Buckets:
 
     Args:
         model: its parameters become views of the buckets.
-        mesh: gradients are summed over ``mesh.data`` (and tp where they arrive in parts).
+        mesh: gradients are summed over ``mesh.data`` (tp where they arrive in parts, pp where stages share them); every
+            rank makes its buckets at the same time.
         bucket_bytes: of gradients; a larger parameter has a bucket of its own.
 
     Attributes:
         buckets: in the order in which they are reduced.
         frozen: parameters that are not trained, by name.
         shards: the shard table of all.
+        holders: parameter -> pipeline ranks that hold it, for those of all stages.
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int) -> None:
         self.mesh = mesh
         self.shards = param_shards(model)
         self.frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.holders = holders(self.shards, mesh)
         self.buckets: list[Bucket] = []
         self._where: dict[nn.Parameter, tuple[int, int]] = {}
         self._launched = 0
-        self._last = False
-        for names, parameters, decay, partial in _grouped(model, self.shards, bucket_bytes):
-            for position, parameter in enumerate(parameters):
+        self._last: Set[nn.Parameter] = frozenset()
+        for group in _grouped(model, self.shards, self.holders, bucket_bytes):
+            for position, parameter in enumerate(group.parameters):
                 self._where[parameter] = (len(self.buckets), position)
                 parameter.register_post_accumulate_grad_hook(self._arrived)
-            self.buckets.append(_flatten(names, parameters, decay, partial))
+            self.buckets.append(_flatten(group))
+        for shared in sorted({ranks for ranks in self.holders.values() if len(ranks) > 1 and mesh.pp.rank in ranks}):
+            mesh.among("pp", shared)
 
     def begin(self) -> None:
         """Forget the gradients of the last step."""
@@ -86,9 +96,13 @@ class Buckets:
             bucket.ready.clear()
             bucket.fresh = set(range(len(bucket.parameters)))
 
-    def expect_last(self, last: bool) -> None:
-        """Say whether the next backward pass is the step's last: then buckets are reduced as they fill."""
-        self._last = last
+    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
+        """Say whether the next backward pass gives the step's last gradients: then buckets are reduced as they fill.
+
+        Args:
+            of: the parameters of which that is said; default: all.
+        """
+        self._last = frozenset() if not last else self._where.keys() if of is None else of
 
     def _arrived(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -101,7 +115,7 @@ class Buckets:
         else:
             bucket.views[position].add_(parameter.grad)
         parameter.grad = None
-        if self._last:
+        if parameter in self._last:
             bucket.ready.add(position)
             self._launch(complete_only=True)
 
@@ -125,6 +139,8 @@ class Buckets:
             bucket.pending = None
             for axis in bucket.partial:
                 comm.sum_(bucket.gradient, self.mesh.axes[axis])
+            if bucket.shared:
+                comm.sum_(bucket.gradient, self.mesh.among("pp", bucket.shared))
             for name, view in zip(bucket.names, bucket.views, strict=True):
                 sum_repeated(view, self.shards[name], self.mesh)
 
@@ -134,6 +150,8 @@ class Buckets:
         held: list[Tensor] = []
         place = {"tp": (self.mesh.tp.rank, self.mesh.tp.size)}
         for bucket in self.buckets:
+            if bucket.shared and bucket.shared[0] != self.mesh.pp.rank:
+                continue
             if self.mesh.tp.size == 1:
                 held.append(bucket.gradient)
                 continue
@@ -142,7 +160,7 @@ class Buckets:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for view in held:
             total += torch.linalg.vector_norm(view).double().square()
-        return comm.sum_(total, self.mesh.tp).sqrt()
+        return comm.sum_(comm.sum_(total, self.mesh.tp), self.mesh.pp).sqrt()
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -152,22 +170,34 @@ class Buckets:
                 bucket.values.copy_(bucket.master)
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The parameters of one bucket to be."""
+
+    decay: bool
+    partial: tuple[str, ...]
+    shared: tuple[int, ...]
+    names: list[str] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+
 def _grouped(
-    model: nn.Module, shards: dict[str, Shard], bucket_bytes: int
-) -> list[tuple[list[str], list[nn.Parameter], bool, tuple[str, ...]]]:
-    """Parameters in the order in which backward reaches them, cut into buckets of one kind each."""
-    groups: list[tuple[list[str], list[nn.Parameter], bool, tuple[str, ...]]] = []
-    open_: dict[tuple[bool, tuple[str, ...], torch.dtype], tuple[int, int]] = {}
+    model: nn.Module, shards: dict[str, Shard], holders: dict[str, tuple[int, ...]], bucket_bytes: int
+) -> list[_Group]:
+    """Parameters in the order in which backward reaches them, cut into groups of one kind each."""
+    groups: list[_Group] = []
+    open_: dict[tuple[Any, ...], tuple[_Group, int]] = {}
     for name, parameter in reversed([item for item in model.named_parameters() if item[1].requires_grad]):
-        decay, partial = parameter.ndim > 1, shards[name].partial
-        key, size = (decay, partial, parameter.dtype), parameter.numel() * _wide(parameter.dtype).itemsize
-        index, filled = open_.get(key, (-1, bucket_bytes))
-        if filled + size > bucket_bytes:
-            index, filled = len(groups), 0
-            groups.append(([], [], decay, partial))
-        groups[index][0].append(name)
-        groups[index][1].append(parameter)
-        open_[key] = (index, filled + size)
+        shared = holders[name] if len(holders[name]) > 1 else ()
+        kind = parameter.ndim > 1, shards[name].partial, shared
+        key, size = (*kind, parameter.dtype), parameter.numel() * _wide(parameter.dtype).itemsize
+        group, filled = open_.get(key, (None, 0))
+        if group is None or filled + size > bucket_bytes:
+            group, filled = _Group(*kind), 0
+            groups.append(group)
+        group.names.append(name)
+        group.parameters.append(parameter)
+        open_[key] = (group, filled + size)
     return groups
 
 
@@ -176,12 +206,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.no_grad()
-def _flatten(names: list[str], parameters: list[nn.Parameter], decay: bool, partial: tuple[str, ...]) -> Bucket:
-    values = torch.cat([parameter.reshape(-1) for parameter in parameters])
+def _flatten(group: _Group) -> Bucket:
+    values = torch.cat([parameter.reshape(-1) for parameter in group.parameters])
     wide = _wide(values.dtype)
     master = values if values.dtype == wide else values.to(wide)
-    bucket = Bucket(names, parameters, decay, partial, values, master, torch.zeros_like(master), [])
-    for parameter, view in zip(parameters, bucket.split(values), strict=True):
+    kind = group.decay, group.partial, group.shared
+    bucket = Bucket(group.names, group.parameters, *kind, values, master, torch.zeros_like(master), [])
+    for parameter, view in zip(group.parameters, bucket.split(values), strict=True):
         parameter.data = view
     bucket.views = bucket.split(bucket.gradient)
     return bucket

@@ -31,7 +31,7 @@ from zero.optimizer import ZeroOptimizer
 
 __all__ = ["Checkpoint", "latest", "load", "save"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, step: int, tokens: int, keep: int) -> Path:
@@ -39,7 +39,8 @@ def save(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, step: int, token
 
     Args:
         folder: ``checkpoints`` of the run.
-        mesh: ranks that differ only in data-parallel rank hold the same; the first of them writes.
+        mesh: ranks that differ only in data-parallel rank hold the same, and pipeline ranks may share parameters; the
+            first of them writes.
         optimizer: master weights and state.
         step: steps done.
         tokens: labels learned from so far.
@@ -54,21 +55,29 @@ def save(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, step: int, token
     entry: dict[str, Any] | None = None
     if mesh.data.rank == 0:
         name = f"rank-{mesh.rank:05d}.safetensors"
-        tensors = {f"{parameter}|{what}": view for parameter, what, view in optimizer.state()}
+        own = {name for name, ranks in optimizer.buckets.holders.items() if ranks[0] == mesh.pp.rank}
+        tensors = {f"{parameter}|{what}": view for parameter, what, view in optimizer.state() if parameter in own}
         save_file({key: view.detach().cpu().contiguous() for key, view in tensors.items()}, temporary / name)
         (temporary / name).chmod(0o644)  # safetensors writes for the owner alone
         _sync(temporary / name)
-        entry = {"name": name, "rank": mesh.rank, **_fingerprint(temporary / name)}
-    entries = comm.gather_json(entry, mesh.world)
+        entry = {
+            "name": name,
+            "rank": mesh.rank,
+            "parameters": sorted(own),
+            "shards": {name: _shard_to_json(shard) for name, shard in optimizer.buckets.shards.items()},
+            "scalars": optimizer.scalars(),
+            **_fingerprint(temporary / name),
+        }
+    entries = [entry for entry in comm.gather_json(entry, mesh.world) if entry]
     if mesh.rank == 0:
         manifest = {
             "format": FORMAT,
             "step": step,
             "tokens": tokens,
             "layout": dataclasses.asdict(mesh.layout),
-            "scalars": optimizer.scalars(),
-            "shards": {name: _shard_to_json(shard) for name, shard in optimizer.buckets.shards.items()},
-            "files": [item for item in entries if item],
+            "scalars": {key: value for entry in entries for key, value in entry.pop("scalars").items()},
+            "shards": {name: shard for entry in entries for name, shard in entry.pop("shards").items()},
+            "files": entries,
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(temporary / "manifest.json")
@@ -125,7 +134,8 @@ def load(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer) -> Checkpoint:
 def _mismatches(checkpoint: Checkpoint, optimizer: ZeroOptimizer) -> Iterator[str]:
     ours = {name: shard.shape for name, shard in optimizer.buckets.shards.items()}
     theirs = {name: shard.shape for name, shard in checkpoint.shards.items()}
-    for name in sorted(ours.keys() | theirs.keys()):
+    elsewhere = optimizer.buckets.holders.keys() - ours.keys()
+    for name in sorted((ours.keys() | theirs.keys()) - (elsewhere & theirs.keys())):
         if ours.get(name) != theirs.get(name):
             yield f"{checkpoint.folder}: {name} is {theirs.get(name, 'absent')}, the model has {ours.get(name, 'none')}"
 
@@ -174,6 +184,8 @@ class Checkpoint:
         """A box of a parameter (``what`` = master) or of its optimizer state, on the CPU."""
         shard, result = self.shards[name], None
         for entry in self.files:
+            if name not in entry["parameters"]:
+                continue
             for piece in shard.pieces(self.layout.place(entry["rank"])):
                 found = meet(piece, box)
                 if found is None:

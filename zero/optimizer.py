@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,9 +94,13 @@ class ZeroOptimizer:
         """Start a step: forget the gradients of the last one."""
         self.buckets.begin()
 
-    def expect_last(self, last: bool) -> None:
-        """Say whether the next backward pass is the step's last, whose reduction overlaps it."""
-        self.buckets.expect_last(last)
+    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
+        """Say whether the next backward pass gives the step's last gradients, whose reduction overlaps it.
+
+        Args:
+            of: the parameters of which that is said; default: all.
+        """
+        self.buckets.expect_last(last, of)
 
     def reduce(self) -> Iterator[tuple[str, Tensor]]:
         """Complete the gradients of this step; (parameter, this rank's piece of its gradient as a view)."""

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from parallel import comm
 from parallel.config import option
 from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
 from parallel.models.decoder import Decoder
+from parallel.models.pipelined import PipelinedModel
+from parallel.pp import PipelineConfig, Timeline
 from zero import checkpoint
 from zero.metrics import Metrics, MetricsLog, measured_peak, peak_memory, training_flops
 from zero.optimizer import ZeroOptimizer
@@ -59,6 +62,7 @@ class Trainer:
         data: step (from 0) -> this rank's microbatches; a pure function, so that the step is the data position.
         validation: -> this rank's validation batches.
         bytes_per_token: of the validation text, for bits per byte.
+        pipeline: which schedule; the model is built with its stages (``Build.cuts``).
         folder: where checkpoints and metrics go; None writes nothing.
         report: called on rank 0 after every step.
         stop: asked on every rank before every step; when any rank says yes, all save and return.
@@ -76,6 +80,7 @@ class Trainer:
         data: Callable[[int], Sequence[Batch]] | None = None,
         validation: Callable[[], Iterable[Batch]] | None = None,
         bytes_per_token: float = 0.0,
+        pipeline: PipelineConfig | None = None,
         folder: RunFolder | None = None,
         report: Callable[[Metrics], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
@@ -87,7 +92,9 @@ class Trainer:
         self.folder, self.report, self.stop = folder, report, stop
         self.done = 0
         self.tokens = 0
+        self.timeline: Timeline | None = None
         self._peak = 0.0
+        self._stages = PipelinedModel(model, mesh, PipelineConfig() if pipeline is None else pipeline)
         self._loss_options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
 
     def step(self, batches: Sequence[Batch]) -> Metrics:
@@ -110,23 +117,18 @@ class Trainer:
             peak_memory=peak_memory(self.mesh.device),
         )
 
-    def accumulate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def accumulate(self, batches: Sequence[Batch], *, trace: bool = False) -> tuple[float, int]:
         """The gradients of one step, on their way to being reduced.
 
         Returns:
             the mean loss, and the number of labels, of all ranks.
         """
-        self.model.train()
         batches = [batch.to(self.mesh.device) for batch in batches]
         count = self._count(batches)
         self.optimizer.begin()
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for index, batch in enumerate(batches):
-            self.optimizer.expect_last(index == len(batches) - 1)
-            loss = self.model.loss(batch, scale=1 / max(1, count), **self._loss_options)
-            loss.total.backward()
-            total += loss.losses_T.sum()
-        return float(comm.sum_(total, self.mesh.data)) / max(1, count), count
+        options = {"scale": 1 / max(1, count), **self._loss_options}
+        total = self._stages.train(batches, self.optimizer.expect_last, trace=trace, **options)
+        return float(self._sum(total)) / max(1, count), count
 
     def update(self) -> tuple[float, float]:
         """Apply the gradients of this step; their norm before clipping, and the learning rate."""
@@ -140,10 +142,14 @@ class Trainer:
         own = sum(int((batch.labels_T != IGNORE).sum()) for batch in batches if batch.labels_T is not None)
         return int(comm.sum_(torch.tensor(own, device=self.mesh.device), self.mesh.data))
 
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over all data and pipeline ranks."""
+        return comm.sum_(comm.sum_(value, self.mesh.data), self.mesh.pp)
+
     def _utilization(self, batches: Sequence[Batch], seconds: float) -> float:
         if not self._peak:
             return 0.0
-        flops = training_flops(self.model.config, batches) / self.mesh.tp.size
+        flops = training_flops(self.model.config, batches) / (self.mesh.tp.size * self.mesh.pp.size)
         return flops / seconds / self._peak
 
     @torch.no_grad()
@@ -151,14 +157,11 @@ class Trainer:
         """Mean loss in nats a token and bits a byte over the validation batches of all ranks; None without any."""
         if self.validation is None:
             return None
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        for batch in self.validation():
-            batch = batch.to(self.mesh.device)
-            assert batch.labels_T is not None
-            sums[0] += self.model.loss(batch).losses_T.sum()
-            sums[1] += (batch.labels_T != IGNORE).sum()
-        total, count = comm.sum_(sums, self.mesh.data).tolist()
+        batches = [batch.to(self.mesh.device) for batch in self.validation()]
+        if not batches:
+            return None
+        count = self._count(batches)
+        total = float(self._sum(self._stages.evaluate(batches)))
         if not count:
             return None
         loss = total / count

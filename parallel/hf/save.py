@@ -18,11 +18,12 @@ from parallel import comm
 from parallel.errors import ConfigError, ModelFolderError, RankError, Refusal, ShardError, refuse
 from parallel.hf.folder import INDEX, SINGLE
 from parallel.hf.table import Part, parts, whole_shards
+from parallel.holders import holders
 from parallel.mesh import Mesh
 from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder
 from parallel.models.families import FAMILIES
-from parallel.shard import Shard, param_shards
+from parallel.shard import Shard
 
 __all__ = ["save_model", "write_folder"]
 
@@ -262,8 +263,7 @@ class _Exchange:
         self.mesh, self.dtype = mesh, dtype
         self.shards = whole_shards(model.config)
         self.own = dict(model.named_parameters())
-        held = comm.gather_json(sorted(param_shards(model)), mesh.pp)
-        self.stages = {name: next(s for s, names in enumerate(held) if name in names) for name in self.shards}
+        self.stages = {name: ranks[0] for name, ranks in holders(self.own, mesh).items()}
         self.left = list(self.shards)
 
     def receive(self, name: str) -> Tensor:

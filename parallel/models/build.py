@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from parallel import rng
+from parallel.deferral import Deferral
 from parallel.kernels.attention import packed_attention, packed_attention_reference
 from parallel.mesh import Mesh
 from parallel.models.batch import Batch
 from parallel.models.config import DecoderConfig
+from parallel.pp.partition import Cut
 from parallel.tp.method import Dense, LinearMethod
 
 __all__ = ["AttentionCore", "Build", "PackedAttention", "Recompute"]
@@ -75,6 +77,8 @@ class Build:
         recompute: what is formed again in backward instead of kept: nothing, attention, or whole blocks.
         attention: (config, layer, build) -> the attention core of a layer.
         linear: name of a layer (``layers.3.attention.qkv``) -> how it holds and multiplies its weight.
+        deferral: shared by all linear layers; a pipeline puts off weight gradients through it.
+        cuts: the pipeline stages that this rank holds; None: the whole model.
     """
 
     mesh: Mesh
@@ -83,6 +87,8 @@ class Build:
     recompute: Recompute = "none"
     attention: Callable[[DecoderConfig, int, Build], AttentionCore] = PackedAttention
     linear: Callable[[str], LinearMethod] = _dense
+    deferral: Deferral = field(default_factory=Deferral)
+    cuts: tuple[Cut, ...] | None = None
 
     @property
     def sequence_parallel(self) -> bool:
@@ -99,6 +105,7 @@ class Build:
         return {
             "sequence_parallel": self.sequence_parallel,
             "method": self.linear(name),
+            "deferral": self.deferral,
             "dtype": self.dtype,
             "device": "meta",
         }

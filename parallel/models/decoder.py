@@ -13,6 +13,7 @@ from parallel.models.block import Block, Dropout, norm
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
 from parallel.models.rope import angles
+from parallel.pp.partition import Cut, partition
 from parallel.shard import Shard, initialize
 from parallel.sp import local_tokens
 from parallel.tp import LossSum, ParallelLMHead, VocabParallelEmbedding
@@ -44,56 +45,88 @@ class LearnedPositions(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only transformer over packed tokens.
 
-    It holds no phase and no cache: what it attends to is the attention core's affair.
+    It holds no phase and no cache: what it attends to is the attention core's affair. As a part of a pipeline it holds
+    the blocks and ends of its stages (``build.cuts``) under the names that they have in the whole model; what is absent
+    lets the residual stream pass.
     """
 
     def __init__(self, config: DecoderConfig, build: Build) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.deferral = config, build.deferral
+        self.cuts = partition(config.layers, 1) if build.cuts is None else build.cuts
         axis, options = build.mesh.tp, {"dtype": build.dtype, "device": "meta", "std": config.std}
         sequence = build.sequence_parallel
-        self.embedding = VocabParallelEmbedding(
-            config.vocabulary, config.hidden, axis, sequence_parallel=sequence, **options
-        )
-        self.positions = LearnedPositions(config, build) if config.positions == "learned" else None
+        first, last = any(cut.first for cut in self.cuts), any(cut.last for cut in self.cuts)
+        self.embedding = self.positions = self.norm = self.head = None
+        if first or (last and config.tied):
+            self.embedding = VocabParallelEmbedding(
+                config.vocabulary, config.hidden, axis, sequence_parallel=sequence, **options
+            )
+        if first and config.positions == "learned":
+            self.positions = LearnedPositions(config, build)
         self.embedding_dropout = Dropout("embedding", config.embedding_dropout, build)
-        self.layers = nn.ModuleDict({str(layer): Block(config, build, layer) for layer in range(config.layers)})
-        self.norm = norm(config, build)
-        self.head = ParallelLMHead(
-            config.vocabulary,
-            config.hidden,
-            axis,
-            sequence_parallel=sequence,
-            method=build.linear("head"),
-            **options,
-        )
+        held = sorted(layer for cut in self.cuts for layer in cut.layers)
+        self.layers = nn.ModuleDict({str(layer): Block(config, build, layer) for layer in held})
+        if last:
+            self.norm = norm(config, build)
+            self.head = ParallelLMHead(
+                config.vocabulary,
+                config.hidden,
+                axis,
+                sequence_parallel=sequence,
+                method=build.linear("head"),
+                **options,
+            )
         self.tie()
 
     def tie(self) -> None:
         """Make head and embedding one parameter, where the family does."""
-        if self.config.tied:
+        if self.config.tied and self.head is not None and self.embedding is not None:
             self.head.weight = self.embedding.weight
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """(T, D) after the last norm; under sequence parallelism this rank's piece of the tokens."""
+    def hidden(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None) -> Tensor:
+        """The residual stream (T, D) behind one stage, or behind all; behind the last it is normed.
+
+        Args:
+            batch: the same on every stage.
+            x_TD: what the stage before gave; None on the first. Under sequence parallelism, as the result, this rank's
+                piece of the tokens.
+            cut: the stage; None: all that this rank holds.
+        """
+        stream = self._embedded(batch) if x_TD is None else x_TD
+        blocks = [self.layers[str(layer)] for layer in cut.layers] if cut is not None else self.layers.values()
+        turns = angles(self.config, batch) if self.config.positions == "rotary" and blocks else None
+        for block in blocks:
+            stream = block(stream, batch, turns)
+        return self.norm(stream) if self.norm is not None and (cut is None or cut.last) else stream
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        assert self.embedding is not None, "the first stage is elsewhere: give x_TD"
         x_TD = self.embedding(batch.tokens_T)
         if self.positions is not None:
             x_TD = x_TD + self.positions(batch.positions_T)
-        x_TD = self.embedding_dropout(x_TD, batch)
-        turns = angles(self.config, batch) if self.config.positions == "rotary" else None
-        for block in self.layers.values():
-            x_TD = block(x_TD, batch, turns)
-        return self.norm(x_TD)
+        return self.embedding_dropout(x_TD, batch)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The logits of every token (T, V), whole on every rank."""
-        return self.head(self.hidden(batch), len(batch))
+    def forward(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None) -> Tensor:
+        """The logits of every token (T, V), whole on every rank; arguments as for :meth:`hidden`."""
+        assert self.head is not None, "the last stage is elsewhere"
+        return self.head(self.hidden(batch, x_TD, cut), len(batch))
 
-    def loss(self, batch: Batch, **options: Any) -> LossSum:
-        """The loss summed over the tokens of the batch; options as for
-        :func:`~parallel.tp.loss.vocab_parallel_linear_cross_entropy`."""
+    def loss(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None, **options: Any) -> LossSum:
+        """The loss summed over the tokens of the batch.
+
+        Arguments as for :meth:`hidden`; options as for :func:`~parallel.tp.loss.vocab_parallel_linear_cross_entropy`.
+        """
+        assert self.head is not None, "the last stage is elsewhere"
         assert batch.labels_T is not None, "a loss needs Batch.labels_T"
-        return self.head.loss(self.hidden(batch), batch.labels_T, **options)
+        return self.head.loss(self.hidden(batch, x_TD, cut), batch.labels_T, **options)
+
+    def stage_parameters(self, cut: Cut) -> list[nn.Parameter]:
+        """The parameters that a stage uses."""
+        modules: list[nn.Module | None] = [self.layers[str(layer)] for layer in cut.layers]
+        modules += [self.embedding, self.positions] if cut.first else []
+        modules += [self.norm, self.head] if cut.last else []
+        return list(dict.fromkeys(p for module in modules if module is not None for p in module.parameters()))
 
 
 def empty_model(config: DecoderConfig, build: Build) -> Decoder:

@@ -10,8 +10,11 @@ __all__ = ["lower"]
 _Links = dict[tuple[int, int], list[tuple[Action, int]]]
 """(from, to) -> the receives of the messages in the order of the sends, each with the cell that uses it."""
 
+_Line = tuple[list[Action], list[int]]
+"""A row with sends, and where each cell of the row without them begins in it."""
 
-def lower(schedule: Schedule, ahead: int = 2) -> Schedule:
+
+def lower(schedule: Schedule, ahead: int = 2, *, paired: bool = False) -> Schedule:
     """The schedule with sends and receives.
 
     A send stands right behind the action that made the value. A receive is posted ``ahead`` actions before the value
@@ -21,60 +24,80 @@ def lower(schedule: Schedule, ahead: int = 2) -> Schedule:
     Args:
         schedule: valid, without sends and receives.
         ahead: actions between the posting of a receive and its use; each may cost a buffer.
+        paired: an F and a B right behind it are one piece of work: what F made is sent when both are done.
     """
     if schedule.lowered:
         return schedule
-    rows, links = _with_sends(schedule)
+    lines, links = _with_sends(schedule, paired)
     posts = _posts(links, ahead)
     lowered = []
-    for rank, row in enumerate(rows):
-        receives, line = posts.get(rank, {}), list[Action]()
-        for cell, actions in enumerate(row):
-            line += receives.get(cell, ())
-            line += actions
-        lowered.append(tuple(line))
+    for rank, (line, starts) in enumerate(lines):
+        whole, done = list[Action](), 0
+        for cell, receives in sorted(posts.get(rank, {}).items()):
+            whole += line[done : starts[cell]]
+            whole += receives
+            done = starts[cell]
+        lowered.append(tuple(whole + line[done:]))
     return Schedule(tuple(lowered), schedule.name)
 
 
-def _with_sends(schedule: Schedule) -> tuple[list[list[list[Action]]], _Links]:
-    """Each cell's action with the sends behind it, and what is sent over every link."""
+def _with_sends(schedule: Schedule, paired: bool) -> tuple[list[_Line], _Links]:
+    """Each row with its sends, and what is sent over every link."""
     where, stages = schedule.where, schedule.stages
-    takes = {op: [TRANSFERS[v.name][1] for v in kind.takes if v.name in TRANSFERS] for op, kind in KINDS.items()}
     gives = {
         op: [(v.offset, *TRANSFERS[v.name]) for v in kind.gives if v.name in TRANSFERS] for op, kind in KINDS.items()
     }
-    used: dict[tuple[int, str, int], int] = {}
-    for row in schedule.rows:
-        for cell, (stage, op, microbatch) in enumerate(row):
-            for receive in takes[op]:
-                used[stage, receive, microbatch] = cell
+    used = _used(schedule)
     links: _Links = {}
-    rows: list[list[list[Action]]] = []
+    lines: list[_Line] = []
+    action = tuple.__new__
     for rank, row in enumerate(schedule.rows):
-        cells: list[list[Action]] = []
-        for action in row:
-            stage, op, microbatch = action
-            cell = [action]
+        line: list[Action] = []
+        starts: list[int] = []
+        held: list[Action] = []
+        for cell, current in enumerate(row):
+            starts.append(len(line))
+            line.append(current)
+            stage, op, microbatch = current
             for offset, send, receive in gives[op]:
                 target = stage + offset
                 if 0 <= target < stages and (peer := where[target][microbatch]) != rank:
-                    cell.append(Action(stage, send, microbatch))
-                    message = Action(target, receive, microbatch)
-                    links.setdefault((rank, peer), []).append((message, used[message]))
-            cells.append(cell)
-        rows.append(cells)
-    return rows, links
+                    held.append(action(Action, (stage, send, microbatch)))
+                    message = action(Action, (target, receive, microbatch))
+                    if (rank, peer) not in links:
+                        links[rank, peer] = []
+                    links[rank, peer].append((message, used[receive][target][microbatch]))
+            if held and not (paired and op == "F" and cell + 1 < len(row) and row[cell + 1].op == "B"):
+                line += held
+                held = []
+        lines.append((line, starts))
+    return lines, links
+
+
+def _used(schedule: Schedule) -> dict[str, list[list[int]]]:
+    """Kind of receive -> stage -> microbatch -> the cell that uses what is received."""
+    stages, microbatches = schedule.stages, schedule.microbatches
+    used = {receive: [[0] * microbatches for _ in range(stages)] for _, receive in TRANSFERS.values()}
+    takes = {op: [used[TRANSFERS[v.name][1]] for v in kind.takes if v.name in TRANSFERS] for op, kind in KINDS.items()}
+    for row in schedule.rows:
+        for cell, (stage, op, microbatch) in enumerate(row):
+            for table in takes[op]:
+                table[stage][microbatch] = cell
+    return used
 
 
 def _posts(links: _Links, ahead: int) -> dict[int, dict[int, list[Action]]]:
     """Rank -> cell -> the receives to post before it."""
     posts: dict[int, dict[int, list[Action]]] = {}
     for (_, rank), messages in links.items():
-        latest, at = len(messages) and messages[-1][1], list[tuple[Action, int]]()
+        latest, at = messages[-1][1], list[tuple[Action, int]]()
         for message, used in reversed(messages):
             latest = min(latest, used)
             at.append((message, max(0, latest - ahead)))
         cells = posts.setdefault(rank, {})
         for message, cell in reversed(at):
-            cells.setdefault(cell, []).append(message)
+            if cell in cells:
+                cells[cell].append(message)
+            else:
+                cells[cell] = [message]
     return posts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from parallel.errors import ConfigError, refuse
 from parallel.pp.action import KINDS, TRANSFERS, Action
@@ -35,10 +36,10 @@ class Costs:
     sizes: Sequence[float] = ()
 
     @staticmethod
-    def uniform(F: float = 1.0, I: float = 1.0, W: float = 1.0, B: float | None = None, **rest: float) -> Costs:  # noqa: E741
+    def uniform(F: float = 1.0, I: float = 1.0, W: float = 1.0, B: float | None = None, **rest: Any) -> Costs:  # noqa: E741
         """Stages that are all alike; ``rest`` as the attributes."""
         compute = {"F": (F,), "I": (I,), "W": (W,)} | ({} if B is None else {"B": (B,)})
-        return Costs(compute=compute, **rest)  # type: ignore[arg-type]
+        return Costs(compute=compute, **rest)
 
     def of(self, op: str, stage: int) -> float:
         """Seconds of one computing action on a microbatch of size 1."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from parallel.errors import ScheduleError
+from parallel.errors import ScheduleError, nearest
 from parallel.pp.action import KINDS, TRANSFERS, Action
 from parallel.pp.schedule import Schedule, grid_around
+from parallel.pp.sound import is_sound
 
 __all__ = ["validate"]
 
@@ -20,13 +21,26 @@ def validate(schedule: Schedule) -> Schedule:
     Raises:
         ScheduleError: the first cell that is doubled, missing, out of order or never reached, with the table around it.
     """
-    if not schedule.rows or not schedule.stages:
+    if not any(schedule.rows):
         raise ScheduleError("the schedule is empty")
-    _Whole(schedule).check()
-    _Game(schedule).play()
-    if schedule.lowered:
-        _check_links(schedule)
+    if not is_sound(schedule):
+        _check_kinds(schedule)
+        _Whole(schedule).check()
+        _Game(schedule).play()
+        if schedule.lowered:
+            _check_links(schedule)
     return schedule
+
+
+def _check_kinds(schedule: Schedule) -> None:
+    """Raise for a cell that is no action at all."""
+    for rank, row in enumerate(schedule.rows):
+        for cell, (stage, op, microbatch) in enumerate(row):
+            if op not in KINDS:
+                text = f"no kind of action {op!r}{nearest(op, KINDS)}; there are: {', '.join(KINDS)}"
+                raise _fault(schedule, rank, cell, text)
+            if stage < 0 or microbatch < 0:
+                raise _fault(schedule, rank, cell, "stages and microbatches are counted from 0")
 
 
 def _fault(schedule: Schedule, rank: int, cell: int, text: str) -> ScheduleError:

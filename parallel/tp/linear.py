@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import comm
+from parallel.deferral import Deferral
 from parallel.errors import ConfigError, refuse
 from parallel.ledger import caller
 from parallel.mesh import Axis
@@ -37,9 +38,11 @@ class _ColumnProduct(torch.autograd.Function):
         method: LinearMethod,
         sequence: bool,
         tokens: int | None,
+        deferral: Deferral,
     ) -> Tensor:
         ctx.axis, ctx.method, ctx.sequence, ctx.tokens = axis, method, sequence, tokens
         ctx.save_for_backward(x, weight)
+        ctx.deferral, ctx.parameter = deferral, weight
         ctx.biased = bias is not None
         ctx.place = caller(__file__, comm.__file__)
         full = comm.start_all_gather(x, axis, tokens, ctx.place).wait() if sequence else x
@@ -49,29 +52,37 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gy, (x, weight), axis = grads[0], ctx.saved_tensors, ctx.axis
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        place, gathered = ctx.place + " (backward)", comm.Pending(x)
-        if ctx.sequence and needs_weight:
-            gathered = comm.start_all_gather(x, axis, ctx.tokens, place)
+        place, sequence, tokens, method = ctx.place + " (backward)", ctx.sequence, ctx.tokens, ctx.method
+
+        def gather() -> comm.Pending:
+            return comm.start_all_gather(x, axis, tokens, place) if sequence else comm.Pending(x)
+
+        gathered = gather() if needs_weight and not ctx.deferral.keeps else None
         reduced = None
         if needs_x:
-            gx = ctx.method.input_gradient(gy, weight)
-            if ctx.sequence:
+            gx = method.input_gradient(gy, weight)
+            if sequence:
                 reduced = comm.start_reduce_scatter(gx, axis, place)
             else:
                 reduced = comm.start_all_reduce(gx, axis, place=place)
-        full = gathered.wait()
-        gw = ctx.method.weight_gradient(gy, full) if needs_weight else None
+        gw = None
+        if needs_weight:
+            form = lambda: method.weight_gradient(gy, (gathered or gather()).wait())  # noqa: E731
+            gw = ctx.deferral(ctx.parameter, form)
         gb = gy.sum(0) if ctx.biased and needs_bias else None
-        return reduced.wait() if reduced else None, gw, gb, None, None, None, None
+        return reduced.wait() if reduced else None, gw, gb, None, None, None, None, None
 
 
 class _RowProduct(torch.autograd.Function):
     """Multiply, reduce or reduce-scatter. Backward gathers the gradient's tokens, then multiplies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, method: LinearMethod, sequence: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, axis: Axis, method: LinearMethod, sequence: bool, deferral: Deferral
+    ) -> Tensor:
         ctx.axis, ctx.method, ctx.sequence = axis, method, sequence
         ctx.save_for_backward(x, weight)
+        ctx.deferral, ctx.parameter = deferral, weight
         ctx.place = caller(__file__, comm.__file__)
         y = method.product(x, weight, None)
         if sequence:
@@ -80,12 +91,14 @@ class _RowProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gy, (x, weight) = grads[0], ctx.saved_tensors
+        gy, (x, weight), method = grads[0], ctx.saved_tensors, ctx.method
         if ctx.sequence:
             gy = comm.start_all_gather(gy, ctx.axis, x.shape[0], ctx.place + " (backward)").wait()
-        gx = ctx.method.input_gradient(gy, weight) if ctx.needs_input_grad[0] else None
-        gw = ctx.method.weight_gradient(gy, x) if ctx.needs_input_grad[1] else None
-        return gx, gw, None, None, None
+        gx = method.input_gradient(gy, weight) if ctx.needs_input_grad[0] else None
+        gw = None
+        if ctx.needs_input_grad[1]:
+            gw = ctx.deferral(ctx.parameter, lambda: method.weight_gradient(gy, x))
+        return gx, gw, None, None, None, None
 
 
 class _ParallelLinear(nn.Module):
@@ -104,6 +117,7 @@ class _ParallelLinear(nn.Module):
         sequence_parallel: bool,
         std: float | None,
         method: LinearMethod | None,
+        deferral: Deferral | None,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
@@ -114,6 +128,7 @@ class _ParallelLinear(nn.Module):
         self.biased = bias
         self.std = in_features**-0.5 if std is None else std
         self.method: LinearMethod = Dense() if method is None else method
+        self.deferral = Deferral() if deferral is None else deferral
         shards = self.shards()
         refuse(ConfigError, self._problems(shards["weight"]))
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -171,6 +186,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sections: runs of output features that are cut each by itself.
         std: of the initial weights; default ``in_features ** -0.5``.
         method: how the weight is held and multiplied; default :class:`~parallel.tp.method.Dense`.
+        deferral: asked in backward whether the gradient of the weight is wanted at once; default: it is.
 
     Raises:
         ConfigError: the axis does not divide the output features.
@@ -188,6 +204,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sections: Sequence[Section] = (),
         std: float | None = None,
         method: LinearMethod | None = None,
+        deferral: Deferral | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -201,6 +218,7 @@ class ColumnParallelLinear(_ParallelLinear):
             sequence_parallel=sequence_parallel,
             std=std,
             method=method,
+            deferral=deferral,
             dtype=dtype,
             device=device,
         )
@@ -220,7 +238,8 @@ class ColumnParallelLinear(_ParallelLinear):
             x_TI: all tokens; under sequence parallelism this rank's piece of them.
             tokens: how many tokens there are on all ranks, where the axis does not divide them.
         """
-        y = comm.apply(_ColumnProduct, x_TI, self.weight, self.bias, self.axis, self.method, self._sequence, tokens)
+        how = self.axis, self.method, self._sequence, tokens, self.deferral
+        y = comm.apply(_ColumnProduct, x_TI, self.weight, self.bias, *how)
         if not self.gather_output:
             return y
         y = comm.all_gather(y, self.axis, dim=1, grad="replicated")
@@ -298,7 +317,7 @@ class RowParallelLinear(_ParallelLinear):
         bias: whether there is one; it is whole on every rank, and added after the sum.
         sequence_parallel: return this rank's piece of the tokens.
         input_is_parallel: the input is already cut, as a column-parallel layer leaves it; otherwise it is cut here.
-        std, method: as in :class:`ColumnParallelLinear`.
+        std, method, deferral: as in :class:`ColumnParallelLinear`.
 
     Raises:
         ConfigError: the axis does not divide the input features.
@@ -316,6 +335,7 @@ class RowParallelLinear(_ParallelLinear):
         unit: int = 1,
         std: float | None = None,
         method: LinearMethod | None = None,
+        deferral: Deferral | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -329,6 +349,7 @@ class RowParallelLinear(_ParallelLinear):
             sequence_parallel=sequence_parallel,
             std=std,
             method=method,
+            deferral=deferral,
             dtype=dtype,
             device=device,
         )
@@ -348,5 +369,5 @@ class RowParallelLinear(_ParallelLinear):
         if not self.input_is_parallel:
             x_TI = comm.split(x_TI, self.axis, dim=1)
         sequence = self.sequence_parallel and self.axis.size > 1
-        y = comm.apply(_RowProduct, x_TI, self.weight, self.axis, self.method, sequence)
+        y = comm.apply(_RowProduct, x_TI, self.weight, self.axis, self.method, sequence, self.deferral)
         return y if self.bias is None else y + self.bias

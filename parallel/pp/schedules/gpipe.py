@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from parallel.pp.action import Action
 from parallel.pp.schedule import Schedule
+from parallel.pp.schedules.line import Lane, Line, fixed_stages
 
 __all__ = ["make"]
 
 
 def make(ranks: int, microbatches: int, virtual: int = 1) -> Schedule:
     """Stage r on rank r. Bubble (p - 1)(F + B); every activation of the step is held."""
-    rows = [
-        tuple(Action(rank, op, microbatch) for op in "FB" for microbatch in range(microbatches))
-        for rank in range(ranks)
-    ]
-    return Schedule(tuple(rows), "gpipe")
+    fixed_stages("gpipe", virtual)
+    lines = (Line(Lane(rank, 0, microbatches)) for rank in range(ranks))
+    rows = tuple(line.add("F0", microbatches).add("B0", microbatches).row() for line in lines)
+    return Schedule(rows, "gpipe")

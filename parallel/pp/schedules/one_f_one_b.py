@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from parallel.pp.action import Action
 from parallel.pp.schedule import Schedule
+from parallel.pp.schedules.line import Lane, Line, fixed_stages
 
 __all__ = ["make"]
 
 
 def make(ranks: int, microbatches: int, virtual: int = 1) -> Schedule:
     """Stage r on rank r. Bubble (p - 1)(F + B); rank r holds p - r activations."""
-    rows = []
-    for rank in range(ranks):
-        ahead = min(ranks - rank - 1, microbatches)
-        row = [Action(rank, "F", microbatch) for microbatch in range(ahead)]
-        for microbatch in range(microbatches):
-            if ahead + microbatch < microbatches:
-                row.append(Action(rank, "F", ahead + microbatch))
-            row.append(Action(rank, "B", microbatch))
-        rows.append(tuple(row))
-    return Schedule(tuple(rows), "1f1b")
+    fixed_stages("1f1b", virtual)
+    lines = (Line(Lane(rank, 0, microbatches)) for rank in range(ranks))
+    rows = tuple(line.add("F0", ranks - rank - 1).add("F0 B0", microbatches).row() for rank, line in enumerate(lines))
+    return Schedule(rows, "1f1b")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from parallel.errors import ConfigError, ScheduleError
+from parallel.errors import ConfigError, ScheduleError, refuse
 from parallel.pp.schedule import Schedule, parse_schedule
 from parallel.pp.validate import validate
 from parallel.registry import Registry
@@ -23,6 +23,15 @@ SCHEDULES: Registry[Maker] = Registry(
     {
         "gpipe": "parallel.pp.schedules.gpipe:make",
         "1f1b": "parallel.pp.schedules.one_f_one_b:make",
+        "interleaved": "parallel.pp.schedules.interleaved:make",
+        "zb-h1": "parallel.pp.schedules.zb_h1:make",
+        "zb-h2": "parallel.pp.schedules.zb_h2:make",
+        "zb-v": "parallel.pp.schedules.zb_v:make",
+        "v-half": "parallel.pp.schedules.v_half:make",
+        "v-min": "parallel.pp.schedules.v_min:make",
+        "dualpipe": "parallel.pp.schedules.dualpipe:make",
+        "dualpipev": "parallel.pp.schedules.dualpipev:make",
+        "forward": "parallel.pp.schedules.forward:make",
     },
 )
 
@@ -42,6 +51,8 @@ def make_schedule(name: str, ranks: int, microbatches: int, virtual: int = 1) ->
     """
     if name not in SCHEDULES and Path(name).suffix == ".txt":
         return _from_file(Path(name), ranks, microbatches)
+    counts = {"ranks": ranks, "microbatches": microbatches, "stages a rank": virtual}
+    refuse(ConfigError, (f"a schedule needs at least 1 of {what}, not {n}" for what, n in counts.items() if n < 1))
     return validate(SCHEDULES[name](ranks, microbatches, virtual))
 
 
