@@ -1,12 +1,13 @@
 """Time to make, lower, validate and simulate every pipeline schedule.
 
-    python benchmarks/schedules.py [--stages 64 --microbatches 512 --virtual 2 --names zb-v,1f1b --json FILE]
+python benchmarks/schedules.py [--stages 64 --microbatches 512 --virtual 2 --names zb-v,1f1b --json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -35,7 +36,7 @@ def measure(name: str, ranks: int, microbatches: int, virtual: int) -> dict[str,
     times.append(perf_counter())
     simulate(lowered)
     times.append(perf_counter())
-    make, low, valid, simulated = (end - start for start, end in zip(times, times[1:], strict=False))
+    make, low, valid, simulated = (end - start for start, end in pairwise(times))
     actions = sum(map(len, lowered.rows))
     return {"name": name, "actions": actions, "make": make, "lower": low, "validate": valid, "simulate": simulated}
 
@@ -56,8 +57,12 @@ def main() -> int:
     rows = [measure(name, args.stages, args.microbatches, args.virtual) for name in names]
     parts = ("make", "lower", "validate", "simulate")
     cells = [
-        (row["name"], f"{row['actions']:,}", *(f"{row[part]:.2f}" for part in parts))
-        + (f"{1e6 * (row['lower'] + row['validate']) / row['actions']:.2f}",)
+        (
+            row["name"],
+            f"{row['actions']:,}",
+            *(f"{row[part]:.2f}" for part in parts),
+            f"{1e6 * (row['lower'] + row['validate']) / row['actions']:.2f}",
+        )
         for row in rows
     ]
     print(f"p = {args.stages}, m = {args.microbatches}; seconds\n")

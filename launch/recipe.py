@@ -19,6 +19,7 @@ from parallel.mesh import Layout
 from parallel.models.config import DecoderConfig
 from parallel.models.families import FAMILIES
 from parallel.pp import PipelineConfig
+from parallel.pp.draw import path_problems
 from zero.data import DataConfig, Prepared
 from zero.loader import Loader
 from zero.optimizer import OptimizerConfig, ZeroConfig
@@ -54,6 +55,7 @@ class Recipe:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "form again in backward: nothing, attention, blocks"
     )
+    trace: str = option("", "picture of a measured step, x.svg, x.png, x.json or x.txt; the plan goes to x.plan.svg")
     init: str = option("", "Hugging Face folder to start from; its configuration replaces model.*")
     layout: Layout = option(Layout(), "degrees of parallelism")
     pp: PipelineConfig = option(PipelineConfig(), "the pipeline")
@@ -69,6 +71,7 @@ class Recipe:
         """Why these options do not go together."""
         if self.steps < 1:
             yield f"steps = {self.steps}: must be at least 1"
+        yield from (f"trace: {problem}" for problem in (path_problems(Path(self.trace)) if self.trace else ()))
         yield from layout_refusals(self.layout, "cp", "ep", "etp")
         if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
             yield from self.model_problems()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,12 @@ from parallel.config import options, parse_flags, to_table, to_toml
 from parallel.errors import ModelFolderError, refuse
 from parallel.hf import check_folder, load_model
 from parallel.mesh import Mesh
+from parallel.models.balance import measured_ends
 from parallel.models.build import Build
 from parallel.models.decoder import Decoder, build_model
+from parallel.pp import Cut, Schedule, Timeline, simulate
+from parallel.pp.draw import draw
+from parallel.pp.measured import measured_costs
 from parallel.tokenizer import load_tokenizer, write_tokenizer
 from zero.data import Prepared, prepare
 from zero.loader import Loader, validation_batches
@@ -30,6 +35,7 @@ USAGE = "lockstep train RECIPE [--OPTION VALUE ...]"
 
 FREE = (
     "out",
+    "trace",
     "layout",
     "pp",
     "steps",
@@ -132,6 +138,7 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
                 limit=VALIDATION_WINDOWS,
             ),
             pipeline=recipe.pp,
+            traced=(lambda timeline, table: _draw(Path(recipe.trace), timeline, table)) if recipe.trace else None,
             bytes_per_token=prepared.bytes_per_token("validation"),
             folder=folder,
             report=_reporter(recipe.steps),
@@ -148,13 +155,42 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
 
 def model_of(recipe: Recipe, mesh: Mesh) -> Decoder:
     """The model of an effective recipe, with the weights that training starts from."""
-    table = recipe.pp.table(mesh.pp.size, recipe.microbatches)
-    cuts = recipe.pp.cuts(recipe.model.layers, table.stages)
-    held = tuple(cuts[stage] for stage in table.stages_of(mesh.pp.rank))
-    build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute, cuts=held)
+    build = Build(mesh=mesh, dtype=recipe.dtype, seed=recipe.seed, recompute=recipe.recompute)
+    build = dataclasses.replace(build, cuts=_cuts(recipe, build))
     if recipe.init:
         return load_model(Path(recipe.init), build)
     return build_model(recipe.model, build, recipe.seed)
+
+
+def _cuts(recipe: Recipe, build: Build) -> tuple[Cut, ...]:
+    """The stages of this rank; rank 0 says what all of them hold."""
+    mesh, model, batch = build.mesh, recipe.model.resolved(), recipe.batch
+    table, ends = recipe.pp.table(mesh.pp.size, recipe.microbatches), (0.0, 0.0)
+    if recipe.pp.balance == "measured" and mesh.pp.size > 1:
+        tokens = batch.sequence * batch.sequences // (recipe.layout.dp * recipe.microbatches)
+        ends = measured_ends(model, build, tokens)
+    cuts = recipe.pp.cuts(model.layers, table.stages, ends)
+    if mesh.pp.size > 1 and mesh.rank == 0:
+        held = " | ".join(str(len(cut.layers)) for cut in cuts)
+        bubble = simulate(table).bubble_fraction
+        print(
+            f"pipeline {table.name}: {table.ranks} ranks, {table.microbatches} microbatches, layers of the stages "
+            f"{held}, bubble {bubble:.1%} if F, I and W take equally long",
+            flush=True,
+        )
+    return tuple(cuts[stage] for stage in table.stages_of(mesh.pp.rank))
+
+
+def _draw(path: Path, measured: Timeline, table: Schedule) -> None:
+    """Draw a measured step, and beside it the plan: the same schedule simulated with the measured costs."""
+    plan = simulate(table, measured_costs(measured))
+    draw(measured, path)
+    draw(plan, path.with_suffix(f".plan{path.suffix}"))
+    print(
+        f"{path}: step {measured.step * 1e3:.1f} ms, bubble {measured.bubble_fraction:.1%}; planned "
+        f"{plan.step * 1e3:.1f} ms, {plan.bubble_fraction:.1%}",
+        flush=True,
+    )
 
 
 def loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:

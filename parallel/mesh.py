@@ -181,10 +181,10 @@ class Mesh:
         return Mesh._assemble(Layout(), 0, torch.device(device), connect=False)
 
     @staticmethod
-    def fake(layout: Layout, rank: int) -> Mesh:
+    def fake(layout: Layout, rank: int, device: torch.device | str = "cpu") -> Mesh:
         """Rank ``rank`` of a world that does not exist: shapes and traffic are right, values are not."""
         refuse(ConfigError, layout.problems())
-        return Mesh._assemble(layout, rank, torch.device("cpu"), connect=False)
+        return Mesh._assemble(layout, rank, torch.device(device), connect=False)
 
     @staticmethod
     def _assemble(layout: Layout, rank: int, device: torch.device, connect: bool) -> Mesh:

@@ -24,7 +24,7 @@ WINGS = {
 }
 FLOORS = [
     {"errors", "config", "registry"},
-    {"mesh", "ledger", "comm", "shard", "reshard", "rng", "tokenizer"},
+    {"mesh", "ledger", "comm", "shard", "reshard", "rng", "tokenizer", "deferral", "holders"},
     {"kernels"},
     {"tp", "sp", "pp", "ep"},
     {"models"},
@@ -36,6 +36,8 @@ TORCH_FREE = [
     "parallel.config",
     "parallel.registry",
     "parallel.ledger",
+    "parallel.pp",
+    "parallel.pp.draw",
     "infer.request",
     "infer.pages",
     "infer.prefix",

@@ -16,7 +16,7 @@ from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
 from parallel.models.decoder import Decoder
 from parallel.models.pipelined import PipelinedModel
-from parallel.pp import PipelineConfig, Timeline
+from parallel.pp import PipelineConfig, Schedule, Timeline
 from zero import checkpoint
 from zero.metrics import Metrics, MetricsLog, measured_peak, peak_memory, training_flops
 from zero.optimizer import ZeroOptimizer
@@ -63,6 +63,8 @@ class Trainer:
         validation: -> this rank's validation batches.
         bytes_per_token: of the validation text, for bits per byte.
         pipeline: which schedule; the model is built with its stages (``Build.cuts``).
+        traced: called on rank 0 with the measured timeline of the run's third step (or its last, if sooner), and the
+            schedule.
         folder: where checkpoints and metrics go; None writes nothing.
         report: called on rank 0 after every step.
         stop: asked on every rank before every step; when any rank says yes, all save and return.
@@ -81,6 +83,7 @@ class Trainer:
         validation: Callable[[], Iterable[Batch]] | None = None,
         bytes_per_token: float = 0.0,
         pipeline: PipelineConfig | None = None,
+        traced: Callable[[Timeline, Schedule], None] | None = None,
         folder: RunFolder | None = None,
         report: Callable[[Metrics], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
@@ -89,18 +92,21 @@ class Trainer:
         self.config = TrainerConfig() if config is None else config
         self.schedule = ScheduleConfig(kind="constant", warmup=0) if schedule is None else schedule
         self.data, self.validation, self.bytes_per_token = data, validation, bytes_per_token
-        self.folder, self.report, self.stop = folder, report, stop
+        self.folder, self.report, self.stop, self.traced = folder, report, stop, traced
         self.done = 0
         self.tokens = 0
-        self.timeline: Timeline | None = None
         self._peak = 0.0
         self._stages = PipelinedModel(model, mesh, PipelineConfig() if pipeline is None else pipeline)
         self._loss_options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
 
-    def step(self, batches: Sequence[Batch]) -> Metrics:
-        """One optimizer step over this rank's microbatches; what it returns is the same on every rank."""
+    def step(self, batches: Sequence[Batch], *, trace: bool = False) -> Metrics:
+        """One optimizer step over this rank's microbatches; what it returns is the same on every rank.
+
+        Args:
+            trace: measure every action, for :meth:`timeline`.
+        """
         started = time.perf_counter()
-        mean, count = self.accumulate(batches)
+        mean, count = self.accumulate(batches, trace=trace)
         norm, lr = self.update()
         self.tokens += count
         seconds = time.perf_counter() - started
@@ -167,6 +173,10 @@ class Trainer:
         loss = total / count
         return loss, loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else 0.0
 
+    def timeline(self) -> Timeline:
+        """What the ranks of this pipeline did when in the last step, which was traced; all of them call this."""
+        return self._stages.timeline()
+
     def resume(self) -> bool:
         """Continue from the latest checkpoint of the folder, if there is one; whether there was.
 
@@ -196,6 +206,7 @@ class Trainer:
         """Train from where the run stands to its end; False if it was asked to stop before."""
         assert self.data is not None, "run() needs data"
         first = self.mesh.rank == 0
+        trace_at = min(self.done + 2, self.steps - 1) if self.traced else -1
         log = MetricsLog(self.folder.metrics, self.done) if first and self.folder else None
         self._peak = measured_peak(next(self.model.parameters()).dtype, self.mesh.device)
         saved = self.done
@@ -203,7 +214,12 @@ class Trainer:
             while self.done < self.steps:
                 if self._stop_everywhere():
                     break
-                metrics = self._validated(self.step(self.data(self.done)))
+                batches, trace = self.data(self.done), self.done == trace_at
+                metrics = self._validated(self.step(batches, trace=trace))
+                if trace and self.traced:
+                    timeline = self.timeline()
+                    if first:
+                        self.traced(timeline, self._stages.table(len(batches)))
                 if log:
                     log.write(metrics)
                 if first and self.report:

@@ -90,8 +90,8 @@ class PipelinedModel:
             held = set(table.stages_of(self.mesh.pp.rank))
             if table.stages != self.model.cuts[0].stages or not held <= self.cuts.keys():
                 raise ConfigError(
-                    f"{self.config.schedule} puts stages {sorted(held)} of {table.stages} on this rank; the model was built "
-                    f"with {sorted(self.cuts)} of {self.model.cuts[0].stages} (Build.cuts)"
+                    f"{self.config.schedule} puts stages {sorted(held)} of {table.stages} on this rank; the model was "
+                    f"built with {sorted(self.cuts)} of {self.model.cuts[0].stages} (Build.cuts)"
                 )
             if not trains:
                 table = forward_only([table.holders(stage)[0] for stage in range(table.stages)], microbatches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parallel.pp.action import KINDS, TRANSFERS, Action
-from parallel.pp.schedule import Schedule
+from parallel.pp.schedule import Row, Schedule
 
 __all__ = ["lower"]
 
@@ -24,7 +24,9 @@ def lower(schedule: Schedule, ahead: int = 2, *, paired: bool = False) -> Schedu
     Args:
         schedule: valid, without sends and receives.
         ahead: actions between the posting of a receive and its use; each may cost a buffer.
-        paired: an F and a B right behind it are one piece of work: what F made is sent when both are done.
+        paired: F and a B of another microbatch right behind it are one piece of work, as DualPipe has it: what F made
+            is sent when both are done. Of the schedules here only the two of DualPipe allow for that, and only from two
+            microbatches a stage on.
     """
     if schedule.lowered:
         return schedule
@@ -67,11 +69,17 @@ def _with_sends(schedule: Schedule, paired: bool) -> tuple[list[_Line], _Links]:
                     if (rank, peer) not in links:
                         links[rank, peer] = []
                     links[rank, peer].append((message, used[receive][target][microbatch]))
-            if held and not (paired and op == "F" and cell + 1 < len(row) and row[cell + 1].op == "B"):
+            if held and not (paired and _opens_pair(row, cell)):
                 line += held
                 held = []
         lines.append((line, starts))
     return lines, links
+
+
+def _opens_pair(row: Row, cell: int) -> bool:
+    if row[cell].op != "F" or cell + 1 == len(row):
+        return False
+    return row[cell + 1].op == "B" and row[cell + 1].microbatch != row[cell].microbatch
 
 
 def _used(schedule: Schedule) -> dict[str, list[list[int]]]:

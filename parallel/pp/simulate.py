@@ -58,18 +58,19 @@ class Costs:
 
     def problems(self, stages: int) -> list[str]:
         """Why these costs cannot be used for a schedule of so many stages."""
+        lists = {f"cost of {op}": values for op, values in self.compute.items()} | {"activation": self.activation}
         found = [
-            f"cost of {op} = {min(values)}: must not be negative"
-            for op, values in self.compute.items()
-            if min(values) < 0
-        ]
-        found += [
-            f"costs of {op} are given for {len(values)} stages, the schedule has {stages}"
-            for op, values in self.compute.items()
+            f"{what} is given for {len(values)} stages, the schedule has {stages}"
+            for what, values in lists.items()
             if len(values) not in (1, stages)
         ]
-        if min(self.latency, self.transfer) < 0:
-            found.append("latency and transfer must not be negative")
+        lists |= {"latency": (self.latency,), "transfer": (self.transfer,), "kept": (self.kept,), "size": self.sizes}
+        found += [
+            f"{what} = {value:g}: must be a number that is not negative"
+            for what, values in lists.items()
+            for value in values
+            if not 0 <= value < float("inf")
+        ]
         return found
 
 
@@ -79,7 +80,8 @@ def parse_costs(text: str) -> Costs:
     Raises:
         ConfigError: every entry that is not a known name and its numbers.
     """
-    compute, rest, problems = {"F": (1.0,), "I": (1.0,), "W": (1.0,)}, dict[str, float](), list[str]()
+    compute: dict[str, Sequence[float]] = {"F": (1.0,), "I": (1.0,), "W": (1.0,)}
+    rest, problems = dict[str, Any](), list[str]()
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, values = part.partition("=")
         try:
@@ -234,8 +236,11 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         costs: default: F, I and W cost 1, transfers nothing.
 
     Raises:
-        ConfigError: costs for another number of stages, or negative ones.
+        ConfigError: costs for another number of stages or microbatches, or negative ones.
     """
     costs = Costs.uniform() if costs is None else costs
-    refuse(ConfigError, costs.problems(schedule.stages))
+    problems = costs.problems(schedule.stages)
+    if costs.sizes and len(costs.sizes) != schedule.microbatches:
+        problems.append(f"sizes of {len(costs.sizes)} microbatches, the schedule has {schedule.microbatches}")
+    refuse(ConfigError, problems)
     return _Run(lower(schedule), costs).timeline()

@@ -9,8 +9,6 @@ from parallel.pp.sound import is_sound
 
 __all__ = ["validate"]
 
-_TRANSFERS = frozenset(code for code, kind in KINDS.items() if kind.stream != "compute")
-
 
 def validate(schedule: Schedule) -> Schedule:
     """The schedule itself, with or without sends and receives, once it is found that it can be run.
@@ -70,8 +68,8 @@ class _Whole:
                     key = (name, stage + offset, microbatch)
                     if key in made:
                         r, c = made[key]
-                        text = f"{schedule.rows[r][c]} of rank {r}, cell {c + 1} already gives the {name} of stage {key[1]}"
-                        raise _fault(schedule, rank, cell, text)
+                        earlier = f"{schedule.rows[r][c]} of rank {r}, cell {c + 1}"
+                        raise _fault(schedule, rank, cell, f"{earlier} already gives the {name} of stage {key[1]}")
                     made[key] = rank, cell
         self._missing(seen)
         self._strays()
@@ -107,7 +105,8 @@ class _Whole:
             for cell, other in enumerate(row)
             if other.stage == action.stage and other.microbatch == action.microbatch
         ]
-        text = f"{action} ({KINDS[action.op].name} of microbatch {action.microbatch} through stage {action.stage}) is missing"
+        what = f"{KINDS[action.op].name} of microbatch {action.microbatch} through stage {action.stage}"
+        text = f"{action} ({what}) is missing"
         if not near:
             holders = self.schedule.holders(action.stage)
             row = f" in the row of rank {holders[0]}" if holders else ""
@@ -186,7 +185,7 @@ class _Game:
         cell = self.at[rank]
         while cell < size:
             stage, op, microbatch = row[cell]
-            if op in _TRANSFERS:
+            if KINDS[op].stream != "compute":
                 self.at[rank] = cell
                 if (key := self._transfer(row[cell])) in waiting:
                     ready.append(waiting.pop(key))

@@ -73,8 +73,9 @@ def ticks(length: float, most: int) -> list[float]:
         return [0.0]
     size = 10.0 ** (math.floor(math.log10(length)) - 3)
     for step in (size * 10**power * digit for power in range(5) for digit in (1, 2, 5)):
-        if length / step < max(1, most):
-            return [index * step for index in range(int(length / step + 1e-9) + 1)]
+        count = int(length / step + 1e-6) + 1
+        if count <= max(1, most):
+            return [index * step for index in range(count)]
     return [0.0]
 
 

@@ -1,8 +1,8 @@
 """Schedules made by repeating a building block (arXiv 2405.15362, sections 3 and 4): one microbatch, every six slots.
 
 A slot is the time of one F, I or W of a stage; the two stages of a rank form a V. What a block holds for how long
-decides the memory of the whole schedule. Repeated as it is, the block leaves gaps at the beginning and at the end of the
-step, where fewer microbatches are under way than in between. These are closed in two passes over the actions in the
+decides the memory of the whole schedule. Repeated as it is, the block leaves gaps at the beginning and at the end of
+the step, where fewer microbatches are under way than in between. These are closed in two passes over the actions in the
 order of their slots; neither lets a rank hold more than the limit.
 """
 
@@ -142,7 +142,7 @@ def _held(cells: _Cells) -> list[int]:
 
 
 def _end_first(rows: Sequence[_Cells]) -> list[_Cells]:
-    """Every I before the W that stand in its way, once its rank has no F left that could want their memory; without W."""
+    """Every I before the W in its way, once its rank has no F left that could want their memory; without W."""
     rows = [{slot: key for slot, key in cells.items() if key[0] != "W"} for cells in rows]
     slots = _Slots(rows)
     no_more = [max(slot for slot, key in cells.items() if key[0] == "F") for cells in rows]

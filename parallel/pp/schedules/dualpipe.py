@@ -1,4 +1,4 @@
-"""DualPipe (arXiv 2412.19437, section 3.2.1): microbatches enter at both ends; every rank has a stage of each direction."""
+"""DualPipe (arXiv 2412.19437, section 3.2.1): microbatches enter at both ends of two copies of the model."""
 
 from __future__ import annotations
 

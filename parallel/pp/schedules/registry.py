@@ -32,6 +32,7 @@ SCHEDULES: Registry[Maker] = Registry(
         "dualpipe": "parallel.pp.schedules.dualpipe:make",
         "dualpipev": "parallel.pp.schedules.dualpipev:make",
         "forward": "parallel.pp.schedules.forward:make",
+        "auto": "parallel.pp.schedules.auto:make",
     },
 )
 

@@ -1,4 +1,4 @@
-"""V-Min (arXiv 2405.15362, section 4): a third of the memory of 1F1B, the least there is, for two thirds of its bubble."""
+"""V-Min (arXiv 2405.15362, section 4): a third of the memory of 1F1B, and about two thirds of its bubble."""
 
 from __future__ import annotations
 
