@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launch.env import detect
-from parallel.errors import ConfigError, RankError, Refusal
+from parallel.errors import ConfigError, PipelineError, RankError, Refusal
 
 __all__ = ["report_failure", "run_local", "run_rank"]
 
@@ -325,7 +325,7 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 def run_rank(main: Callable[[], int]) -> int:
-    """Run a rank's program and return its exit code; a rank that fails inside a process group exits here and now.
+    """Run a program and return its exit code; one of several ranks exits here and now.
 
     The error goes to the parent of a local start, which shows it once; to stderr under any other starter.
     """
@@ -333,7 +333,7 @@ def run_rank(main: Callable[[], int]) -> int:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             faulthandler.enable()
     try:
-        return main()
+        code = main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if stop.code is not None and not isinstance(stop.code, int):
@@ -381,6 +381,9 @@ def report_failure(error: BaseException) -> int:
 def _is_echo(error: BaseException | None) -> bool:
     """Whether an error says only that another rank is gone."""
     while error is not None:
+        if isinstance(error, PipelineError) and error.__cause__ is not None:
+            error = error.__cause__
+            continue
         if isinstance(error, ConnectionError | RankError) or type(error).__name__ == "DistNetworkError":
             return True
         if isinstance(error, RuntimeError) and _ECHO.search(str(error)):

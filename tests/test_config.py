@@ -93,7 +93,10 @@ def test_every_option_is_documented_and_every_recipe_is_valid() -> None:
     ("flags", "expected"),
     [
         (["--layout.tp", "6"], "layout.tp = 6 does not divide the 8 heads; the nearest degree that works is 4"),
-        (["--layout.pp", "2"], "layout.pp = 2: this version has no pipeline parallelism"),
+        (["--layout.cp", "2"], "layout.cp = 2: this version has no context parallelism"),
+        (["--layout.pp", "8"], "4 layers are fewer than 8 pipeline stages; the nearest that works is 4 stages"),
+        (["--layout.pp", "2", "--pp.schedule", "zbv"], "did you mean 'zb-v'?"),
+        (["--layout.pp", "2", "--pp.layers", "1,2"], "the nearest that works: 2,2"),
         (["--layout.dp", "3"], "the nearest that is: 15"),
         (["--layout.tp", "0"], "tp = 0: a degree is at least 1"),
         (["--zero.stage", "3"], "zero.stage = 3"),

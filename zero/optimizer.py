@@ -84,7 +84,8 @@ class ZeroOptimizer:
             {"params": [flat], "weight_decay": self.config.weight_decay if bucket.decay else 0.0}
             for flat, bucket in zip(self._flats, self.buckets.buckets, strict=True)
         ]
-        self.inner = (factory or self._adamw)(groups)
+        nothing = [{"params": [nn.Parameter(torch.zeros(0, device=mesh.device))]}]  # of a frozen stage: torch wants one
+        self.inner = (factory or self._adamw)(groups or nothing)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         c = self.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from parallel.errors import ConfigError, refuse
 from parallel.pp.action import KINDS, TRANSFERS, Action
@@ -109,6 +109,15 @@ class _Link:
     free: float = 0.0
 
 
+class _Cell(NamedTuple):
+    """One kind of action on one stage: values, seconds, and the change of memory, for a microbatch of size 1."""
+
+    takes: tuple[tuple[str, int], ...]
+    gives: tuple[tuple[str, int], ...]
+    time: float
+    held: float
+
+
 class _Run:
     """One play of a schedule in time."""
 
@@ -119,6 +128,7 @@ class _Run:
         self.rows: list[list[Span]] = [[] for _ in range(ranks)]
         self.memory: list[list[tuple[float, float]]] = [[] for _ in range(ranks)]
         self.held = [0.0] * ranks
+        self.sizes = [costs.size(microbatch) for microbatch in range(schedule.microbatches)]
         self.arrival: dict[tuple[str, int, int], tuple[float, Action]] = {}
         self.before: dict[Action, Action | None] = {}
         self.makers: dict[tuple[str, int, int], Action] = {}
@@ -126,16 +136,19 @@ class _Run:
         self.transfers: list[Transfer] = []
         self.waiting: dict[tuple[str, int, int], int] = {}
         self.ready = list(range(ranks))
-        outside = {("input", 0), ("output_gradient", schedule.stages - 1)}
-        self.takes = {
-            (op, stage): [
-                (value.name, stage + value.offset)
-                for value in kind.takes
-                if (value.name, stage + value.offset) not in outside
-            ]
-            for op, kind in KINDS.items()
-            for stage in range(schedule.stages)
-        }
+        self.cells = {(op, stage): self._cell(op, stage) for op in KINDS for stage in range(schedule.stages)}
+
+    def _cell(self, op: str, stage: int) -> _Cell:
+        """What a computing action takes, gives, costs and holds."""
+        kind, stages = KINDS[op], self.schedule.stages
+        takes, gives = (
+            tuple((v.name, stage + v.offset) for v in values if 0 <= stage + v.offset < stages)
+            for values in (kind.takes, kind.gives)
+        )
+        outside = {("input", 0), ("output_gradient", stages - 1)}
+        held = self.costs.held(stage) * (kind.activations + self.costs.kept * kind.kept)
+        takes = tuple(value for value in takes if value not in outside)
+        return _Cell(takes, gives, self.costs.of(op, stage), held if self.schedule.trains else 0.0)
 
     def timeline(self) -> Timeline:
         while self.ready:
@@ -166,8 +179,9 @@ class _Run:
 
     def _compute(self, rank: int, action: Action) -> bool:
         stage, op, microbatch = action
+        cell = self.cells[op, stage]
         start, cause = self.clock[rank], self.rows[rank][-1].action if self.rows[rank] else None
-        for name, place in self.takes[op, stage]:
+        for name, place in cell.takes:
             key = (name, place, microbatch)
             if key not in self.arrival:
                 self.waiting[key] = rank
@@ -175,19 +189,15 @@ class _Run:
             there, maker = self.arrival[key]
             if there > start:
                 start, cause = there, maker
-        end = start + self.costs.of(op, stage) * self.costs.size(microbatch)
+        size = self.sizes[microbatch]
+        end = start + cell.time * size
         self.rows[rank].append(Span(action, start, end))
         self.clock[rank], self.before[action] = end, cause
-        kind = KINDS[op]
-        one = self.costs.held(stage) * self.costs.size(microbatch)
-        change = one * (kind.activations + self.costs.kept * kind.kept)
-        if change:
+        if change := cell.held * size:
             self.held[rank] += change
             self.memory[rank].append((start if change > 0 else end, self.held[rank]))
-        for value in kind.gives:
-            place = stage + value.offset
-            if 0 <= place < self.schedule.stages:
-                self._made(value.name, place, microbatch, rank, end, action)
+        for name, place in cell.gives:
+            self._made(name, place, microbatch, rank, end, action)
         return True
 
     def _made(self, name: str, stage: int, microbatch: int, rank: int, end: float, maker: Action) -> None:

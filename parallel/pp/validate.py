@@ -69,10 +69,12 @@ class _Whole:
                     if key in made:
                         r, c = made[key]
                         earlier = f"{schedule.rows[r][c]} of rank {r}, cell {c + 1}"
-                        raise _fault(schedule, rank, cell, f"{earlier} already gives the {name} of stage {key[1]}")
+                        raise _fault(schedule, rank, cell, f"makes again what {earlier} makes")
                     made[key] = rank, cell
         self._missing(seen)
         self._strays()
+        self._transfers(seen)
+        self._takers(seen)
         self._guards()
 
     def _missing(self, seen: set[tuple[int, str, int]]) -> None:
@@ -87,15 +89,43 @@ class _Whole:
                         self._absent(what)
                 if ("kept", stage, microbatch) in made and (stage, "W", microbatch) not in seen:
                     self._absent(Action(stage, "W", microbatch))
-        if not schedule.lowered:
-            return
+
+    def _transfers(self, seen: set[tuple[int, str, int]]) -> None:
+        """Raise for a send or receive that has no other end."""
+        where, stages = self.schedule.where, self.schedule.stages
+        for rank, row in enumerate(self.schedule.rows):
+            for cell, (stage, op, microbatch) in enumerate(row):
+                if KINDS[op].stream == "compute":
+                    continue
+                peer = stage + KINDS[op].peer
+                if not 0 <= peer < stages:
+                    raise _fault(self.schedule, rank, cell, f"there is no stage {peer}")
+                if where[peer][microbatch] == rank:
+                    raise _fault(self.schedule, rank, cell, f"stage {peer} is on the same rank")
         for send, receive in TRANSFERS.values():
-            step = 1 if send == "SF" else -1
+            step = KINDS[send].peer
             sent = {(stage + step, microbatch) for stage, op, microbatch in seen if op == send}
             received = {(stage, microbatch) for stage, op, microbatch in seen if op == receive}
             for stage, microbatch in sorted(sent ^ received):
                 known = (stage, microbatch) in sent
                 self._absent(Action(stage, receive, microbatch) if known else Action(stage - step, send, microbatch))
+
+    def _takers(self, seen: set[tuple[int, str, int]]) -> None:
+        """Raise for an action that takes what nobody makes, or what nobody receives for it."""
+        ends = {"input": 0, "output_gradient": self.schedule.stages - 1}
+        for rank, row in enumerate(self.schedule.rows):
+            for stage, op, microbatch in row:
+                for name, offset in KINDS[op].takes if KINDS[op].stream == "compute" else ():
+                    place = stage + offset
+                    if ends.get(name) == place:
+                        continue
+                    if (name, place, microbatch) not in self.made:
+                        kind, back = next((k, v.offset) for k in KINDS.values() for v in k.gives if v.name == name)
+                        self._absent(Action(place - back, kind.code, microbatch))
+                    elif self.schedule.lowered and self.made[name, place, microbatch][0] != rank:
+                        receive = Action(place, TRANSFERS[name][1], microbatch)
+                        if receive not in seen:
+                            self._absent(receive)
 
     def _absent(self, action: Action) -> None:
         """Raise for an action that is missing: named with the last cell of the same stage and microbatch."""
@@ -242,16 +272,17 @@ class _Game:
         return _fault(self.schedule, circle[0], at[circle[0]], f"deadlock: {told}")
 
     def _giver(self, rank: int) -> tuple[int, int]:
-        """Where the value that a rank waits for is made: rank and cell; in its own row if it is made there at all."""
+        """The cell, not reached yet, that a rank waits for: in its own row if there is one, else a send if any."""
         action = self.schedule.rows[rank][self.at[rank]]
         missing = {base + action.microbatch for base, _ in self.takes[action.op][action.stage]} - self.there
-        found = [
-            (r, cell)
-            for r, row in enumerate(self.schedule.rows)
-            for cell, other in enumerate(row)
-            if any(base + other.microbatch in missing for base, _ in self.gives[other.op][other.stage])
-        ]
-        return min(found, key=lambda place: (place[0] != rank, place))
+        found = []
+        for r, row in enumerate(self.schedule.rows):
+            for cell, other in enumerate(row[self.at[r] :], start=self.at[r]):
+                sends = KINDS[other.op].stream == "send"
+                moves = (self.takes if sends else self.gives)[other.op][other.stage]
+                if any(base + other.microbatch in missing for base, _ in moves):
+                    found.append((r != rank, not sends, r, cell))
+        return min(found)[2:]
 
 
 def _check_links(schedule: Schedule) -> None:
