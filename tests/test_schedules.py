@@ -241,7 +241,7 @@ GOOD = "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"
         ("0F0 0F1 0B0 0F1 0B1\n1F0 1B0 1F1 1B1", "rank 0, cell 4, 0F1: is in the table twice"),
         (
             "0F0 0F1 0B0 0B1 0I1 0W1\n1F0 1B0 1F1 1B1",
-            "rank 0, cell 5, 0I1: makes again what 0B1 of rank 0, cell 4 makes",
+            "cell 5, 0I1: makes again what 0B1 of rank 0, cell 4 makes",
         ),
         ("0F0 0F1 0B0 0B1\n1F0 1B0 1B1 1F1", "rank 1, cell 3, 1B1: comes before 1F1 .cell 4., which it needs"),
         ("0B0 0F0 0F1 0B1\n1F0 1B0 1F1 1B1", "rank 0, cell 1, 0B0: comes before 0F0"),
@@ -373,6 +373,9 @@ def test_the_search_prefers_the_simplest_and_names_the_least_memory() -> None:
     least = search(4, 8, Costs.uniform(kept=1.0), 1.0)
     assert max(simulate(least, split_costs(Costs.uniform(kept=1.0), 4, least.stages // 4)).peaks) <= 1.0
     assert make_schedule("auto", 4, 8, 3).stages == 12
+    with pytest.raises(ConfigError) as caught:
+        search(0, 8, Costs.uniform(), virtuals=(0,))
+    assert len(caught.value.problems) == 2
 
 
 def test_split_costs_keep_the_whole() -> None:

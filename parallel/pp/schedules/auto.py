@@ -45,7 +45,9 @@ def search(
     Raises:
         ConfigError: costs for another number of parts, or a limit that no schedule keeps, with the least that works.
     """
-    refuse(ConfigError, costs.problems(ranks))
+    counts = {"ranks": ranks, "microbatches": microbatches, "stages a rank": min(virtuals, default=0)}
+    problems = [f"a schedule needs at least 1 of {what}, not {n}" for what, n in counts.items() if n < 1]
+    refuse(ConfigError, problems or costs.problems(ranks))
     best: tuple[Schedule, Timeline] | None = None
     for schedule in _candidates(ranks, microbatches, costs, memory, virtuals):
         timeline = simulate(schedule, split_costs(costs, ranks, schedule.stages // ranks))
