@@ -165,7 +165,7 @@ def model_of(recipe: Recipe, mesh: Mesh) -> Decoder:
 def _cuts(recipe: Recipe, build: Build) -> tuple[Cut, ...]:
     """The stages of this rank; rank 0 says what all of them hold."""
     mesh, model, batch = build.mesh, recipe.model.resolved(), recipe.batch
-    table, ends = recipe.pp.table(mesh.pp.size, recipe.microbatches), (0.0, 0.0)
+    table, ends = recipe.pp.table(mesh.pp.size, recipe.microbatches, model.layers), (0.0, 0.0)
     if recipe.pp.balance == "measured" and mesh.pp.size > 1:
         tokens = batch.sequence * batch.sequences // (recipe.layout.dp * recipe.microbatches)
         ends = measured_ends(model, build, tokens)

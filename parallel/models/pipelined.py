@@ -47,7 +47,9 @@ class PipelinedModel:
         self.pipeline: Pipeline[Batch] = Pipeline(
             mesh, self._forward, self._shape, dtype, deferral=model.deferral, timeout_s=config.timeout_s
         )
-        self._tables: dict[tuple[int, bool], Schedule] = {}
+        held = comm.gather_json(sorted(self.cuts), mesh.pp)
+        self._placement = [next(r for r, own in enumerate(held) if s in own) for s in range(model.cuts[0].stages)]
+        self._tables: dict[int, Schedule] = {}
         self._options: dict[str, Any] = {}
         self._total = torch.zeros(())
 
@@ -72,31 +74,29 @@ class PipelinedModel:
         """The sum of the losses that this rank has seen, without gradients."""
         self.model.eval()
         self._begin({})
-        self.pipeline.run(self.table(len(batches), trains=False), batches)
+        self.pipeline.run(forward_only(self._placement, len(batches)), batches)
         return self._total
 
     def timeline(self) -> Timeline:
         """Of the last traced step; every rank of the pipeline calls this."""
         return self.pipeline.timeline()
 
-    def table(self, microbatches: int, *, trains: bool = True) -> Schedule:
+    def table(self, microbatches: int) -> Schedule:
         """The schedule of a step with so many microbatches.
 
         Raises:
             ConfigError: there is none, or it has other stages than the model.
         """
-        if (microbatches, trains) not in self._tables:
-            table = self.config.table(self.mesh.pp.size, microbatches)
+        if microbatches not in self._tables:
+            table = self.config.table(self.mesh.pp.size, microbatches, self.model.config.layers)
             held = set(table.stages_of(self.mesh.pp.rank))
             if table.stages != self.model.cuts[0].stages or not held <= self.cuts.keys():
                 raise ConfigError(
                     f"{self.config.schedule} puts stages {sorted(held)} of {table.stages} on this rank; the model was "
                     f"built with {sorted(self.cuts)} of {self.model.cuts[0].stages} (Build.cuts)"
                 )
-            if not trains:
-                table = forward_only([table.holders(stage)[0] for stage in range(table.stages)], microbatches)
-            self._tables[microbatches, trains] = table
-        return self._tables[microbatches, trains]
+            self._tables[microbatches] = table
+        return self._tables[microbatches]
 
     def _begin(self, options: dict[str, Any]) -> None:
         self._options = options
