@@ -26,7 +26,7 @@ env: .venv/.installed
 
 demo: env
 	rm -rf $(DEMO)
-	$(BIN)/python -m launch train tiny --layout.tp 2 --layout.dp 2 --out $(DEMO)
+	$(BIN)/python -m launch train tiny --layout.pp 2 --layout.dp 2 --batch.microbatches 4 --out $(DEMO)
 	$(BIN)/python -m launch export $(DEMO) $(DEMO)/model
 	$(BIN)/python examples/same_logits.py $(DEMO)/model
 	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "$$PROMPT"

@@ -27,7 +27,9 @@ Spec = dict[str, Any]
 
 
 class Contender(Protocol):
-    """Something that trains."""
+    """Something that trains; ``parameters`` are those of this rank."""
+
+    parameters: list[Any]
 
     def step(self) -> float:
         """One optimizer step; the mean loss of this rank's tokens, or of all."""
@@ -35,9 +37,13 @@ class Contender(Protocol):
 
 
 class Ours:
-    """Trainer, as a user has it. Without ``reduce`` the collectives are left out, and the values are wrong."""
+    """Trainer, as a user has it. Without ``reduce`` the collectives are left out, and the values are wrong.
+
+    With a ``pipeline`` (the options of PipelineConfig) every document is a microbatch.
+    """
 
     def __init__(self, spec: Spec, rank: int) -> None:
+        import pipeline_model
         import workload
 
         from parallel.mesh import Layout, Mesh
@@ -51,19 +57,19 @@ class Ours:
             mesh = Mesh.fake(layout, rank)
         else:
             mesh = Mesh.build(layout) if layout.world > 1 else Mesh.single()
-        model = build_model(
-            workload.config(spec["layers"]),
-            Build(mesh=mesh, dtype=workload.DTYPES[spec["precision"]]),
-            seed=workload.WEIGHT_SEED,
-        )
+        pipeline = pipeline_model.options(spec["pipeline"]) if "pipeline" in spec else None
+        cuts = pipeline_model.cuts(pipeline, spec["layers"], rank) if pipeline else None
+        build = Build(mesh=mesh, dtype=workload.DTYPES[spec["precision"]], cuts=cuts)
+        model = build_model(workload.config(spec["layers"]), build, seed=workload.WEIGHT_SEED)
+        self.parameters = list(model.parameters())
         settings = OptimizerConfig(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0)
-        self.trainer = Trainer(model, ZeroOptimizer(model, mesh, settings), mesh, steps=1 << 20)
+        self.trainer = Trainer(model, ZeroOptimizer(model, mesh, settings), mesh, steps=1 << 20, pipeline=pipeline)
         own, first = _own_documents(layout.dp, mesh.dp.rank)
-        self.batch = workload.batch(own, first)
+        self.batches = pipeline_model.microbatches() if pipeline else [workload.batch(own, first)]
 
     def step(self) -> float:
         """One :meth:`Trainer.step`."""
-        return self.trainer.step([self.batch]).loss
+        return self.trainer.step(self.batches).loss
 
 
 class Loop:
@@ -182,12 +188,28 @@ def ddp_loop(spec: Spec, rank: int) -> Loop:
     return Loop(list(inner.parameters()), loss, spec["precision"], spec["adamw"], around)
 
 
+def torch_pipeline(spec: Spec, rank: int) -> Contender:
+    """Stages of the plain Llama under torch.distributed.pipelining."""
+    import pipeline_model
+
+    return pipeline_model.TorchPipeline(spec, rank)
+
+
+def our_executor(spec: Spec, rank: int) -> Contender:
+    """The same stages under our executor."""
+    import pipeline_model
+
+    return pipeline_model.OurExecutor(spec, rank)
+
+
 KINDS: dict[str, Callable[[Spec, int], Contender]] = {
     "ours": Ours,
     "transformers": transformers_loop,
     "plain": plain_loop,
     "dtensor": dtensor_loop,
     "ddp": ddp_loop,
+    "torch_pipeline": torch_pipeline,
+    "our_executor": our_executor,
 }
 
 
@@ -236,7 +258,7 @@ def serve(spec: Spec) -> int:
         if place.rank == 0:
             print(json.dumps(value), file=answers, flush=True)
 
-    answer({"ready": True, "parameters": _parameter_count(contender)})
+    answer({"ready": True, "parameters": sum(p.numel() for p in contender.parameters)})
     while together(float(place.rank == 0 and bool(sys.stdin.readline())), dist.ReduceOp.SUM):
         started = time.perf_counter()
         loss = contender.step()
@@ -245,13 +267,6 @@ def serve(spec: Spec) -> int:
         answer({"seconds": together(seconds, dist.ReduceOp.MAX), "loss": mean})
     disconnect()
     return 0
-
-
-def _parameter_count(contender: Contender) -> int:
-    if isinstance(contender, Ours):
-        return sum(p.numel() for p in contender.trainer.model.parameters())
-    assert isinstance(contender, Loop)
-    return sum(p.numel() for p in contender.parameters)
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 The parameters bear the names of a Hugging Face folder. The recipe is that of the torch tutorial "Large Scale
 Transformer model training with Tensor Parallel" and of torchtitan: DTensor plans with sequence parallelism and
-``loss_parallel``.
+``loss_parallel``. :class:`Stage` is a part of the model, as ``torch.distributed.pipelining`` wants it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional
 
 from parallel.models.config import DecoderConfig
+from parallel.pp import Cut
 
-__all__ = ["PlainLlama", "load_plain", "parallelize"]
+__all__ = ["PlainLlama", "Stage", "load_plain", "parallelize"]
 
 
 class Attention(nn.Module):
@@ -108,6 +109,28 @@ class PlainLlama(nn.Module):
         for layer in self.layers:
             x_BSD = layer(x_BSD, self.cos_SH, self.sin_SH)
         return self.lm_head(self.norm(x_BSD))
+
+
+class Stage(nn.Module):
+    """One pipeline stage of the model, which keeps only its own parameters alive."""
+
+    cos_SH: Tensor
+    sin_SH: Tensor
+
+    def __init__(self, model: PlainLlama, cut: Cut) -> None:
+        super().__init__()
+        self.embed_tokens = model.embed_tokens if cut.first else None
+        self.layers = nn.ModuleList([model.layers[layer] for layer in cut.layers])
+        self.norm, self.lm_head = (model.norm, model.lm_head) if cut.last else (None, None)
+        self.register_buffer("cos_SH", model.cos_SH, persistent=False)
+        self.register_buffer("sin_SH", model.sin_SH, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, S) on the first stage, else (B, S, D); returns logits (B, S, V) on the last, else (B, S, D)."""
+        x = x if self.embed_tokens is None else self.embed_tokens(x)
+        for layer in self.layers:
+            x = layer(x, self.cos_SH, self.sin_SH)
+        return x if self.norm is None or self.lm_head is None else self.lm_head(self.norm(x))
 
 
 def load_plain(config: DecoderConfig, folder: Path, length: int, dtype: torch.dtype) -> PlainLlama:

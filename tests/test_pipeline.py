@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import random
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,17 +22,16 @@ from torch import Tensor, nn
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 
 from parallel import comm
-from parallel.deferral import Deferral
-from parallel.errors import ConfigError, ScheduleError
+from parallel.errors import ConfigError
 from parallel.hf import load_model, save_model
 from parallel.holders import holders
 from parallel.mesh import Layout, Mesh
 from parallel.models.batch import IGNORE, Batch
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
-from parallel.models.decoder import Decoder, build_model
+from parallel.models.decoder import build_model
 from parallel.models.pipelined import PipelinedModel
-from parallel.pp import SCHEDULES, Action, PipelineConfig, Schedule, lower, make_schedule, parse_schedule
+from parallel.pp import SCHEDULES, Action, PipelineConfig, lower, make_schedule
 from parallel.pp import run as executor
 from parallel.pp.action import KINDS
 from parallel.pp.links import Links
