@@ -114,14 +114,16 @@ def start_all_reduce(
     return Pending(x, dist.all_reduce(x, _OPERATIONS[op], axis.group, async_op=True))
 
 
-def start_all_gather(x: Tensor, axis: Axis, total: int | None = None, place: str | None = None) -> Pending:
-    """Gather the pieces of dim 0; ``total`` is the number of rows of the result (default: size times ours)."""
+def start_all_gather(
+    x: Tensor, axis: Axis, total: int | None = None, place: str | None = None, out: Tensor | None = None
+) -> Pending:
+    """Gather the pieces of dim 0, into ``out`` if given; ``total``: rows of the result (default: size times ours)."""
     if axis.size == 1:
         return Pending(x)
     total = x.shape[0] * axis.size if total is None else total
     rows = -(-total // axis.size)
     x = _padded(x, rows)
-    out = x.new_empty((rows * axis.size, *x.shape[1:]))
+    out = x.new_empty((rows * axis.size, *x.shape[1:])) if out is None else out
     _record("all_gather", axis, _bytes(out), (axis.size - 1) / axis.size, place)
     cut = None if total == out.shape[0] else total
     if axis.group is None:

@@ -1,219 +1,194 @@
-"""Flat buckets: parameters, gradients and master weights of a model as views of a few long vectors.
-
-Gradients are copied into their bucket as backward produces them; a bucket whose gradients are all there is reduced at
-once, while backward goes on. Buckets are reduced in one fixed order on every rank.
-"""
+"""One flat vector of parameters, cut over the ranks of an axis: its values, master weights and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from enum import Enum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel import comm
-from parallel.holders import holders
-from parallel.mesh import Mesh
-from parallel.shard import Shard, param_shards, sum_repeated
+from parallel.mesh import Axis
+from zero.plan import Group, Slot, decays, wide
 
-__all__ = ["Bucket", "Buckets"]
+__all__ = ["Bucket", "Life"]
 
 
-@dataclass(eq=False, slots=True)
-class Bucket:
-    """Parameters that are reduced and updated together.
+class Life(Enum):
+    """What of a bucket's parameters is in memory; each says what may follow.
 
-    Attributes:
-        names: of the parameters, in the order of the vectors.
-        parameters: views of ``values``.
-        decay: whether weight decay applies.
-        partial: axes beside the data axis over which gradients are summed.
-        shared: pipeline ranks that hold the same parameters and sum their gradients; empty: this one alone.
-        values: the parameters, in the precision of the model.
-        master: the parameters in the precision of the optimizer; ``values`` itself where that is the same.
-        gradient: in the precision of the optimizer.
-        views: each parameter's part of ``gradient``.
+    ==========  =======================================  ==============================
+    state       memory of the parameters                 may become
+    ==========  =======================================  ==============================
+    SHARDED     this rank's run                          GATHERING
+    GATHERING   all, not yet to be read                  WHOLE
+    WHOLE       all                                      SHARDED (ZeRO 3 only)
+    ==========  =======================================  ==============================
     """
 
-    names: list[str]
-    parameters: list[nn.Parameter]
-    decay: bool
-    partial: tuple[str, ...]
-    shared: tuple[int, ...]
-    values: Tensor
-    master: Tensor
-    gradient: Tensor
-    views: list[Tensor]
-    ready: set[int] = field(default_factory=set)
-    fresh: set[int] = field(default_factory=set)
-    pending: comm.Pending | None = None
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """A vector of the bucket's length as one view a parameter."""
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        return [part.view_as(parameter) for part, parameter in zip(parts, self.parameters, strict=True)]
+    SHARDED = "sharded"
+    GATHERING = "gathering"
+    WHOLE = "whole"
 
 
-class Buckets:
-    """All parameters of a model that are trained, in flat buckets.
+_MOVES = {Life.SHARDED: (Life.GATHERING,), Life.GATHERING: (Life.WHOLE,), Life.WHOLE: (Life.SHARDED,)}
+
+
+class Bucket:
+    """Parameters that are gathered, reduced and updated together.
 
     Args:
-        model: its parameters become views of the buckets.
-        mesh: gradients are summed over ``mesh.data`` (tp where they arrive in parts, pp where stages share them); every
-            rank makes its buckets at the same time.
-        bucket_bytes: of gradients; a larger parameter has a bucket of its own.
+        group: which, and in what order.
+        axis: the ranks that share the vector; of size 1 each holds all.
+        stage: of ZeRO: 1 cuts optimizer state, 2 gradients as well, 3 parameters as well.
 
     Attributes:
-        buckets: in the order in which they are reduced.
-        frozen: parameters that are not trained, by name.
-        shards: the shard table of all.
-        holders: parameter -> pipeline ranks that hold it, for those of all stages.
+        own: this rank's run of the vector.
+        values: the parameters, in the precision of the model; parameters are views of it.
+        master: ``own`` in the precision of the optimizer.
+        gradient: in the precision of the optimizer; all of it below stage 2, ``own`` from there on.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, bucket_bytes: int) -> None:
-        self.mesh = mesh
-        self.shards = param_shards(model)
-        self.frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.holders = holders(self.shards, mesh)
-        self.buckets: list[Bucket] = []
-        self._where: dict[nn.Parameter, tuple[int, int]] = {}
-        self._launched = 0
-        self._last: Set[nn.Parameter] = frozenset()
-        for group in _grouped(model, self.shards, self.holders, bucket_bytes):
-            for position, parameter in enumerate(group.parameters):
-                self._where[parameter] = (len(self.buckets), position)
-                parameter.register_post_accumulate_grad_hook(self._arrived)
-            self.buckets.append(_flatten(group))
-        for shared in sorted({ranks for ranks in self.holders.values() if len(ranks) > 1 and mesh.pp.rank in ranks}):
-            mesh.among("pp", shared)
+    def __init__(self, group: Group, axis: Axis, stage: int) -> None:
+        self.slots, self.unit, self.shared = group.slots, group.unit, group.shared
+        self.axis, self.stage, self.length = axis, stage, group.length
+        each = self.length // axis.size
+        self.own = slice(axis.rank * each, (axis.rank + 1) * each)
+        self.decayed = max((slot.stop for slot in self.slots if decays(slot.parameter)), default=0)
+        first = self.slots[0].parameter
+        self.values = torch.zeros(self.length, dtype=first.dtype, device=first.device)
+        with torch.no_grad():
+            for slot in self.slots:
+                self.values[slot.start : slot.stop] = slot.parameter.detach().reshape(-1)
+        self.views = [self.values[s.start : s.stop].view(s.parameter.shape) for s in self.slots]
+        self.life = Life.WHOLE
+        self._point(self.views)
+        kind = wide(first.dtype)
+        own = self.values[self.own]
+        self.run = own.clone() if stage == 3 else own
+        self.master = self.run if kind == first.dtype else own.to(kind)
+        self.gradient = torch.zeros(each if stage > 1 else self.length, dtype=kind, device=first.device)
+        self.reduced = self.gradient
+        self.incoming: Tensor | None = None
+        self.fresh = set(range(len(self.slots)))
+        self.ready: set[int] = set()
+        self.pending: comm.Pending | None = None
+        self.highest: list[Tensor] = []
+        self._void = torch.full((1,), float("nan"), dtype=first.dtype, device=first.device)
+        self._gathering: comm.Pending | None = None
+
+    def _point(self, tensors: list[Tensor]) -> None:
+        for slot, tensor in zip(self.slots, tensors, strict=True):
+            slot.parameter.data = tensor
+
+    def _move(self, life: Life) -> None:
+        assert life in _MOVES[self.life], f"a bucket that is {self.life.value} cannot become {life.value}"
+        self.life = life
+
+    def gather(self) -> None:
+        """Begin to gather the parameters from all ranks of the axis."""
+        if self.life is Life.SHARDED:
+            self._move(Life.GATHERING)
+            self.values.untyped_storage().resize_(self.values.nbytes)
+            if self.axis.size == 1:
+                self.values.copy_(self.run)
+            else:
+                self._gathering = comm.start_all_gather(self.run, self.axis, out=self.values)
+
+    def whole(self) -> None:
+        """Return when the parameters can be read."""
+        self.gather()
+        if self.life is Life.GATHERING:
+            if self._gathering is not None:
+                self._gathering.wait()
+                self._gathering = None
+            self._move(Life.WHOLE)
+            self._point(self.views)
+
+    def release(self) -> None:
+        """Keep this rank's run only. What is read afterwards is not a number."""
+        if self.life is Life.GATHERING:
+            self.whole()
+        if self.life is Life.WHOLE:
+            self._move(Life.SHARDED)
+            self._point([self._void.expand(slot.parameter.shape) for slot in self.slots])
+            self.values.untyped_storage().resize_(0)
 
     def begin(self) -> None:
         """Forget the gradients of the last step."""
-        self._launched = 0
-        for bucket in self.buckets:
-            bucket.ready.clear()
-            bucket.fresh = set(range(len(bucket.parameters)))
+        self.ready.clear()
+        self.highest.clear()
+        self.fresh = set(range(len(self.slots)))
+        if self.stage > 1:
+            self.gradient.zero_()
+            self.incoming = None
 
-    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
-        """Say whether the next backward pass gives the step's last gradients: then buckets are reduced as they fill.
-
-        Args:
-            of: the parameters of which that is said; default: all.
-        """
-        self._last = frozenset() if not last else self._where.keys() if of is None else of
-
-    def _arrived(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        if parameter.grad is None:  # put off: autograd calls the hook of a weight whose gradient was left out
-            return
-        index, position = self._where[parameter]
-        bucket = self.buckets[index]
-        if position in bucket.fresh:
-            bucket.views[position].copy_(parameter.grad)
-            bucket.fresh.discard(position)
+    def arrive(self, position: int, gradient: Tensor) -> None:
+        """Add a parameter's gradient of one backward pass."""
+        target = self.gradient
+        if self.stage > 1:
+            if self.incoming is None:
+                self.incoming = torch.empty(self.length, dtype=self.gradient.dtype, device=self.gradient.device)
+                self.fresh = set(range(len(self.slots)))
+            target = self.incoming
+        slot = self.slots[position]
+        view = target[slot.start : slot.stop].view(slot.parameter.shape)
+        if position in self.fresh:
+            view.copy_(gradient)
+            self.fresh.discard(position)
         else:
-            bucket.views[position].add_(parameter.grad)
-        parameter.grad = None
-        if parameter in self._last:
-            bucket.ready.add(position)
-            self._launch(complete_only=True)
+            view.add_(gradient)
 
-    def _launch(self, complete_only: bool) -> None:
-        while self._launched < len(self.buckets):
-            bucket = self.buckets[self._launched]
-            if complete_only and len(bucket.ready) < len(bucket.parameters):
-                return
-            for position in bucket.fresh:
-                bucket.views[position].zero_()
-            bucket.pending = comm.start_all_reduce(bucket.gradient, self.mesh.data)
-            self._launched += 1
+    def reduce(self, everywhere: Axis) -> None:
+        """Begin to sum what has arrived; below stage 1 over ``everywhere``, above over the ranks of the axis."""
+        self.settle()
+        source = self.gradient if self.stage < 2 else self.incoming
+        if source is None:
+            return
+        for position in self.fresh:
+            source[self.slots[position].start : self.slots[position].stop] = 0
+        source[self.slots[-1].stop :] = 0
+        parts = [source[slot.start : slot.stop] for slot in self.slots]
+        self.highest += torch._foreach_norm(parts, float("inf"))
+        if self.stage == 0:
+            self.pending = comm.start_all_reduce(source, everywhere)
+        else:
+            self.pending = comm.start_reduce_scatter(source, self.axis)
+        self.incoming = None
 
-    def finish(self) -> None:
-        """Wait until every gradient is the whole sum, on every rank that holds the parameter; once a step."""
-        self._launch(complete_only=False)
-        for bucket in self.buckets:
-            if bucket.pending is None:
-                continue
-            bucket.pending.wait()
-            bucket.pending = None
-            for axis in bucket.partial:
-                comm.sum_(bucket.gradient, self.mesh.axes[axis])
-            if bucket.shared:
-                comm.sum_(bucket.gradient, self.mesh.among("pp", bucket.shared))
-            for name, view in zip(bucket.names, bucket.views, strict=True):
-                sum_repeated(view, self.shards[name], self.mesh)
+    def settle(self) -> None:
+        """Wait for the sum under way; afterwards ``reduced`` is this rank's run of it."""
+        if self.pending is None:
+            return
+        result = self.pending.wait()
+        self.pending = None
+        if self.stage > 1:
+            self.gradient.add_(result)
+        else:
+            self.reduced = result
 
-    @torch.no_grad()
-    def norm(self) -> Tensor:
-        """The 2-norm of all gradients of all ranks, every value counted once; a scalar."""
-        held: list[Tensor] = []
-        place = {"tp": (self.mesh.tp.rank, self.mesh.tp.size)}
-        for bucket in self.buckets:
-            if bucket.shared and bucket.shared[0] != self.mesh.pp.rank:
-                continue
-            if self.mesh.tp.size == 1:
-                held.append(bucket.gradient)
-                continue
-            for name, view in zip(bucket.names, bucket.views, strict=True):
-                held += self.shards[name].held(place, view)
-        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for view in held:
-            total += torch.linalg.vector_norm(view).double().square()
-        return comm.sum_(comm.sum_(total, self.mesh.tp), self.mesh.pp).sqrt()
+    def publish(self) -> comm.Pending | None:
+        """Give the model the values of the master weights; below stage 3 the other ranks as well, above when asked."""
+        if self.master is not self.run:
+            self.run.copy_(self.master)
+        if self.stage == 3:
+            self.release()
+        if self.stage == 3 or self.axis.size == 1:
+            return None
+        return comm.start_all_gather(self.run.clone(), self.axis, out=self.values)
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Give the model the values of the master weights."""
-        for bucket in self.buckets:
-            if bucket.values is not bucket.master:
-                bucket.values.copy_(bucket.master)
+    def runs(self) -> Iterator[tuple[int, int, bool]]:
+        """What this rank updates, as runs of ``master``, and whether weight decay applies."""
+        middle = min(max(self.decayed, self.own.start), self.own.stop) - self.own.start
+        if middle:
+            yield 0, middle, True
+        if middle < self.own.stop - self.own.start:
+            yield middle, self.own.stop - self.own.start, False
 
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The parameters of one bucket to be."""
-
-    decay: bool
-    partial: tuple[str, ...]
-    shared: tuple[int, ...]
-    names: list[str] = field(default_factory=list)
-    parameters: list[nn.Parameter] = field(default_factory=list)
-
-
-def _grouped(
-    model: nn.Module, shards: dict[str, Shard], holders: dict[str, tuple[int, ...]], bucket_bytes: int
-) -> list[_Group]:
-    """Parameters in the order in which backward reaches them, cut into groups of one kind each."""
-    groups: list[_Group] = []
-    open_: dict[tuple[Any, ...], tuple[_Group, int]] = {}
-    for name, parameter in reversed([item for item in model.named_parameters() if item[1].requires_grad]):
-        shared = holders[name] if len(holders[name]) > 1 else ()
-        kind = parameter.ndim > 1, shards[name].partial, shared
-        key, size = (*kind, parameter.dtype), parameter.numel() * _wide(parameter.dtype).itemsize
-        group, filled = open_.get(key, (None, 0))
-        if group is None or filled + size > bucket_bytes:
-            group, filled = _Group(*kind), 0
-            groups.append(group)
-        group.names.append(name)
-        group.parameters.append(parameter)
-        open_[key] = (group, filled + size)
-    return groups
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.no_grad()
-def _flatten(group: _Group) -> Bucket:
-    values = torch.cat([parameter.reshape(-1) for parameter in group.parameters])
-    wide = _wide(values.dtype)
-    master = values if values.dtype == wide else values.to(wide)
-    kind = group.decay, group.partial, group.shared
-    bucket = Bucket(group.names, group.parameters, *kind, values, master, torch.zeros_like(master), [])
-    for parameter, view in zip(group.parameters, bucket.split(values), strict=True):
-        parameter.data = view
-    bucket.views = bucket.split(bucket.gradient)
-    return bucket
+    def part(self, slot: Slot, start: int = 0, stop: int | None = None) -> tuple[int, slice]:
+        """What of a parameter's flattened piece, from ``start`` to ``stop``, is ours: where it begins, and its run."""
+        stop = slot.parameter.numel() if stop is None else stop
+        first = max(slot.start + start, self.own.start)
+        end = max(first, min(slot.start + stop, self.own.stop))
+        return first - slot.start, slice(first - self.own.start, end - self.own.start)

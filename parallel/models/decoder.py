@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         """
         assert self.head is not None, "the last stage is elsewhere"
         assert batch.labels_T is not None, "a loss needs Batch.labels_T"
-        return self.head.loss(self.hidden(batch, x_TD, cut), batch.labels_T, **options)
+        return self.head(self.hidden(batch, x_TD, cut), labels_T=batch.labels_T, **options)
 
     def stage_parameters(self, cut: Cut) -> list[nn.Parameter]:
         """The parameters that a stage uses."""

@@ -98,8 +98,12 @@ class ParallelLMHead(_VocabParallel):
         super().__init__(vocabulary, hidden, axis, **options)
         self.method: LinearMethod = Dense() if method is None else method
 
-    def forward(self, x_TD: Tensor, tokens: int | None = None) -> Tensor:
-        """(T, D) -> the logits of all tokens over the whole vocabulary (T, V), on every rank."""
+    def forward(
+        self, x_TD: Tensor, tokens: int | None = None, *, labels_T: Tensor | None = None, **options: Any
+    ) -> Any:
+        """(T, D) -> the logits of all tokens over the whole vocabulary (T, V), on every rank; with labels :meth:`loss`."""
+        if labels_T is not None:
+            return self.loss(x_TD, labels_T, **options)
         if self.sequence_parallel:
             x_TD = comm.all_gather(x_TD, self.axis, total=tokens)
         else:

@@ -1,0 +1,237 @@
+"""All parameters of a model that are trained, in flat buckets: gradients are summed while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parallel import comm
+from parallel.holders import holders
+from parallel.mesh import Axis, Mesh
+from parallel.shard import Shard, param_shards
+from zero.bucket import Bucket
+from zero.plan import Slot, plan, runs_once
+
+__all__ = ["Buckets", "Sharing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How state is cut over the data axis.
+
+    Attributes:
+        stage: of ZeRO.
+        shard: the ranks that share one copy of the state.
+        replica: the ranks that hold the same run of it.
+    """
+
+    stage: int
+    shard: Axis
+    replica: Axis
+
+    @staticmethod
+    def over(mesh: Mesh, stage: int, size: int = 0) -> Sharing:
+        """Over ``mesh.data``, in runs of ``size`` neighbouring ranks (0: all); stage 0 shares nothing."""
+        data = mesh.data
+        size = 1 if stage == 0 else size or data.size
+        first = data.rank - data.rank % size
+        return Sharing(
+            stage,
+            mesh.among("data", range(first, first + size)),
+            mesh.among("data", range(data.rank % size, data.size, size)),
+        )
+
+
+class Buckets:
+    """All parameters of a model that are trained.
+
+    Args:
+        model: its parameters become views of the buckets.
+        mesh: gradients are summed over ``mesh.data`` (tp where they arrive in parts, pp where stages share them); every
+            rank makes its buckets at the same time.
+        sharing: how the buckets are cut.
+        units: parameter -> the part of the model that it is gathered with.
+        bucket_bytes: of gradients; a larger parameter has a bucket of its own.
+
+    Attributes:
+        buckets: in the order in which backward reaches them.
+        frozen: parameters that are not trained, by name.
+        shards: the shard table of all.
+        holders: parameter -> pipeline ranks that hold it, for those of all stages.
+        where: parameter -> its bucket, and its place in it.
+    """
+
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, sharing: Sharing, units: Mapping[nn.Parameter, str], bucket_bytes: int
+    ) -> None:
+        self.mesh, self.sharing = mesh, sharing
+        self.shards = param_shards(model)
+        self.frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.holders = holders(self.shards, mesh)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups = plan(trained, self.holders, units, bucket_bytes, sharing.shard.size)
+        self.buckets = [Bucket(group, sharing.shard, sharing.stage) for group in groups]
+        self.where = {slot.parameter: (b, p) for b in self.buckets for p, slot in enumerate(b.slots)}
+        self._launched, self._finished = 0, False
+        self._last: Set[nn.Parameter] = frozenset()
+        for parameter in self.where:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+        for shared in sorted({ranks for ranks in self.holders.values() if len(ranks) > 1 and mesh.pp.rank in ranks}):
+            mesh.among("pp", shared)
+        self._sums = self._extra_sums()
+        self._counted = self._counted_runs()
+
+    def begin(self) -> None:
+        """Forget the gradients of the last step."""
+        self._launched, self._finished = 0, False
+        for bucket in self.buckets:
+            bucket.begin()
+
+    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
+        """Say whether the next backward pass gives the step's last gradients: then buckets are reduced as they fill.
+
+        Args:
+            of: the parameters of which that is said; default: all.
+        """
+        self._last = frozenset() if not last else self.where.keys() if of is None else of
+
+    def _arrived(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        if parameter.grad is None:  # put off: autograd calls the hook of a weight whose gradient was left out
+            return
+        bucket, position = self.where[parameter]
+        bucket.arrive(position, parameter.grad)
+        parameter.grad = None
+        if self.sharing.stage > 1:
+            if not bucket.fresh:
+                bucket.reduce(self.mesh.data)
+        elif parameter in self._last:
+            bucket.ready.add(position)
+            self._launch(complete_only=True)
+
+    def _launch(self, complete_only: bool) -> None:
+        """Reduce once a step: in one fixed order on every rank, whatever order gradients arrive in."""
+        while self._launched < len(self.buckets):
+            bucket = self.buckets[self._launched]
+            if complete_only and len(bucket.ready) < len(bucket.slots):
+                return
+            bucket.reduce(self.mesh.data)
+            self._launched += 1
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait until every gradient is the whole sum, on every rank that holds the parameter; once a step."""
+        if self._finished:
+            return
+        self._finished = True
+        self._launch(complete_only=False)
+        for bucket in self.buckets:
+            bucket.settle()
+        if self.sharing.stage:
+            for pending in [comm.start_all_reduce(self.own(bucket), self.sharing.replica) for bucket in self.buckets]:
+                pending.wait()
+        for axis, parts in self._sums:
+            views = [self.own(bucket)[run] for bucket, run in parts]
+            message = torch.cat(views)
+            for view, summed in zip(views, comm.sum_(message, axis).split([len(v) for v in views]), strict=True):
+                view.copy_(summed)
+        for bucket in self.buckets:
+            if bucket.shared:
+                comm.sum_(self.own(bucket), self.mesh.among("pp", bucket.shared))
+
+    def own(self, bucket: Bucket) -> Tensor:
+        """This rank's run of the reduced gradient."""
+        return bucket.gradient if bucket.stage > 1 else bucket.reduced
+
+    def _slots(self) -> Iterator[tuple[Bucket, Slot, Shard]]:
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                yield bucket, slot, self.shards[slot.name]
+
+    def _extra_sums(self) -> list[tuple[Axis, list[tuple[Bucket, slice]]]]:
+        """Runs that are summed over more than the data axis: gradients that arrive in parts, repeated heads."""
+        sums: dict[str, tuple[Axis, list[tuple[Bucket, slice]]]] = {}
+
+        def note(axis: Axis, key: str, bucket: Bucket, run: slice) -> None:
+            sums.setdefault(key, (axis, []))
+            if run.start < run.stop:
+                sums[key][1].append((bucket, run))
+
+        for bucket, slot, shard in self._slots():
+            for name in shard.partial:
+                if self.mesh.axes[name].size > 1:
+                    note(self.mesh.axes[name], name, bucket, bucket.part(slot)[1])
+            axis = self.mesh.axes[shard.split[shard.dim] or "tp"] if shard.sections else None
+            if axis is None or not shard.repeated(axis.size):
+                continue
+            first, each = 0, slot.parameter.numel() // slot.parameter.shape[0]
+            for section in shard.sections:
+                rows, units = section.rows(axis.size), section.size // section.unit
+                if section.repeat and units < axis.size:
+                    sub = self.mesh.subaxis(axis.name, axis.size // units)
+                    note(
+                        sub,
+                        f"{axis.name}/{sub.size}",
+                        bucket,
+                        bucket.part(slot, first * each, (first + rows) * each)[1],
+                    )
+                first += rows
+        return [entry for entry in sums.values() if entry[1]]
+
+    def _counted_runs(self) -> list[tuple[Bucket, list[slice]]]:
+        """What of each bucket's own run this rank counts: over all ranks, every value once."""
+        place = {"tp": (self.mesh.tp.rank, self.mesh.tp.size)}
+        counted = []
+        for bucket in self.buckets:
+            if bucket.shared and bucket.shared[0] != self.mesh.pp.rank:
+                continue
+            runs = [
+                bucket.part(slot, start, stop)[1]
+                for slot in bucket.slots
+                for start, stop in runs_once(self.shards[slot.name], place)
+            ]
+            counted.append((bucket, _joined(runs)))
+        return counted
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """The 2-norm of all gradients of all ranks, every value counted once; a scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for bucket, runs in self._counted:
+            for run in runs:
+                total += torch.linalg.vector_norm(self.own(bucket)[run]).double().square()
+        for axis in (self.sharing.shard, self.mesh.tp, self.mesh.pp):
+            comm.sum_(total, axis)
+        return total.sqrt()
+
+    def not_finite(self) -> list[str]:
+        """Parameters of which this rank's own gradient, before any sum, was not finite."""
+        bad: list[str] = []
+        for bucket in self.buckets:
+            names = [slot.name for slot in bucket.slots]
+            passes = len(bucket.highest) // len(names)
+            bad += [n for n, high in zip(names * passes, bucket.highest, strict=True) if not torch.isfinite(high)]
+        return list(dict.fromkeys(bad))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the model the values of the master weights."""
+        for pending in [bucket.publish() for bucket in self.buckets]:
+            if pending is not None:
+                pending.wait()
+
+
+def _joined(runs: list[slice]) -> list[slice]:
+    """Neighbouring runs as one, empty ones left out."""
+    joined: list[slice] = []
+    for run in runs:
+        if run.start >= run.stop:
+            continue
+        if joined and joined[-1].stop == run.start:
+            joined[-1] = slice(joined[-1].start, run.stop)
+        else:
+            joined.append(run)
+    return joined

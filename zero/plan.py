@@ -1,0 +1,122 @@
+"""Which parameter stands where in the flat vectors of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from parallel.shard import Shard
+
+__all__ = ["Group", "Slot", "plan", "runs_once", "wide"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One parameter's run of a flat vector."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The end of the run."""
+        return self.start + self.parameter.numel()
+
+
+@dataclass(slots=True)
+class Group:
+    """The parameters of one flat vector: first those with weight decay, then the others.
+
+    Attributes:
+        unit: the part of the model that is gathered as one; "" where nothing is.
+        shared: pipeline ranks that hold the same parameters; empty: this one alone.
+        dtype: of the parameters.
+        ways: ranks that share the vector; its length is a multiple.
+    """
+
+    unit: str
+    shared: tuple[int, ...]
+    dtype: torch.dtype
+    ways: int
+    parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Where each parameter stands."""
+        slots: list[Slot] = []
+        for name, parameter in sorted(self.parameters, key=lambda item: not decays(item[1])):
+            slots.append(Slot(name, parameter, slots[-1].stop if slots else 0))
+        return slots
+
+    @property
+    def length(self) -> int:
+        """Of the vector, padding included."""
+        total = sum(parameter.numel() for _, parameter in self.parameters)
+        return -(-total // self.ways) * self.ways
+
+
+def decays(parameter: nn.Parameter) -> bool:
+    """Weight decay applies to matrices, not to biases and norm weights."""
+    return parameter.ndim > 1
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which gradients are summed and weights are updated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plan(
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    holders: Mapping[str, Sequence[int]],
+    units: Mapping[nn.Parameter, str],
+    bucket_bytes: int,
+    ways: int,
+) -> list[Group]:
+    """Groups in the order in which backward reaches them.
+
+    Args:
+        parameters: those that are trained, in the order of the model.
+        holders: parameter -> pipeline ranks that hold it.
+        units: parameter -> the part of the model that it is gathered with.
+        bucket_bytes: of gradients; a larger parameter has a group of its own.
+        ways: ranks that share each vector.
+    """
+    groups: list[Group] = []
+    open_: dict[tuple[str, tuple[int, ...], torch.dtype], tuple[Group, int]] = {}
+    for name, parameter in reversed(parameters):
+        shared = tuple(holders[name]) if len(holders[name]) > 1 else ()
+        key = units.get(parameter, ""), shared, parameter.dtype
+        size = parameter.numel() * wide(parameter.dtype).itemsize
+        group, filled = open_.get(key, (None, 0))
+        if group is None or filled + size > bucket_bytes:
+            group, filled = Group(*key, ways), 0
+            groups.append(group)
+        group.parameters.append((name, parameter))
+        open_[key] = (group, filled + size)
+    return groups
+
+
+def runs_once(shard: Shard, place: Mapping[str, tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs of the flattened local piece that this rank holds first: over all ranks, every value exactly once."""
+    shape = shard.local_shape(place)
+    pieces = shard.pieces(place)
+    if (
+        all(piece.first for piece in pieces)
+        and sum(_count(piece.local) for piece in pieces) == torch.Size(shape).numel()
+    ):
+        yield 0, torch.Size(shape).numel()
+        return
+    mask = torch.zeros(shape, dtype=torch.int8)
+    for piece in pieces:
+        if piece.first:
+            mask[piece.local] = 1
+    edges = torch.diff(mask.flatten(), prepend=mask.new_zeros(1), append=mask.new_zeros(1)).nonzero().flatten().tolist()
+    yield from zip(edges[::2], edges[1::2], strict=True)
+
+
+def _count(box: Sequence[slice]) -> int:
+    return torch.Size([run.stop - run.start for run in box]).numel()
