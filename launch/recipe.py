@@ -76,6 +76,7 @@ class Recipe:
         if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
             yield from self.model_problems()
         if self.layout.dp >= 1:
+            yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
             batch = self.batch
             yield from (
                 f"batch: {problem}"

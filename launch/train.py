@@ -38,6 +38,7 @@ FREE = (
     "trace",
     "layout",
     "pp",
+    "zero",
     "steps",
     "device",
     "recompute",
@@ -123,7 +124,7 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
     with stop_signals() as stop:
         trainer = Trainer(
             model,
-            ZeroOptimizer(model, mesh, recipe.optimizer),
+            ZeroOptimizer(model, mesh, recipe.optimizer, zero=recipe.zero),
             mesh,
             steps=recipe.steps,
             config=recipe.trainer,

@@ -28,7 +28,7 @@ from parallel.models.batch import IGNORE, Batch
 from parallel.models.config import DecoderConfig
 from parallel.shard import gather_whole
 from zero.data import Prepared
-from zero.optimizer import ZeroOptimizer
+from zero.optimizer import ZeroConfig, ZeroOptimizer
 from zero.trainer import Trainer
 
 __all__ = ["main"]
@@ -79,7 +79,8 @@ def _verify(recipe: Recipe, mesh: Mesh, random: bool) -> int:
     asked = _trace(recipe, mesh, random)
     differs = torch.zeros(1, dtype=torch.int64, device=mesh.device)
     if mesh.rank == 0:
-        differs += _report(recipe, _trace(recipe, Mesh.single(mesh.device), random), asked)
+        alone = dataclasses.replace(recipe, zero=ZeroConfig())
+        differs += _report(recipe, _trace(alone, Mesh.single(mesh.device), random), asked)
     return int(comm.sum_(differs, mesh.world))
 
 
@@ -102,7 +103,7 @@ def _random_batches(recipe: Recipe, mesh: Mesh, step: int) -> list[Batch]:
 
 def _trace(recipe: Recipe, mesh: Mesh, random: bool) -> _Trace:
     model = model_of(recipe, mesh)
-    optimizer = ZeroOptimizer(model, mesh, recipe.optimizer)
+    optimizer = ZeroOptimizer(model, mesh, recipe.optimizer, zero=recipe.zero)
     trainer = Trainer(
         model,
         optimizer,
@@ -118,12 +119,11 @@ def _trace(recipe: Recipe, mesh: Mesh, random: bool) -> _Trace:
     for step in range(recipe.steps):
         batches = _random_batches(recipe, mesh, step) if packed is None else packed.step(step)
         losses.append(trainer.accumulate(batches)[0])
-        views = dict(optimizer.reduce())
+        optimizer.reduce()
         if step == 0:
-            gradients = _whole(views, model.config, optimizer, mesh)
+            gradients = _whole(dict(optimizer.pieces("gradient")), model.config, optimizer, mesh)
         trainer.update()
-    masters = {name: view for name, what, view in optimizer.state() if what == "master"}
-    weights = _whole(masters, model.config, optimizer, mesh)
+    weights = _whole(dict(optimizer.pieces("master")), model.config, optimizer, mesh)
     return _Trace(losses, gradients, weights)
 
 
@@ -152,8 +152,8 @@ def _report(recipe: Recipe, alone: _Trace, asked: _Trace) -> int:
     layout = recipe.layout
     print(
         f"layout pp={layout.pp} dp={layout.dp} cp={layout.cp} tp={layout.tp} "
-        f"sequence_parallel={str(layout.sequence_parallel).lower()} against one device, {recipe.precision}, "
-        f"{recipe.steps} steps"
+        f"sequence_parallel={str(layout.sequence_parallel).lower()} zero={recipe.zero.stage} against one device, "
+        f"{recipe.precision}, {recipe.steps} steps"
     )
     for step, (one, many) in enumerate(zip(alone.losses, asked.losses, strict=True), start=1):
         print(f"loss of step {step}: {one:.12g} and {many:.12g}, relative difference {abs(many - one) / abs(one):.1e}")

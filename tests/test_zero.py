@@ -109,10 +109,10 @@ def test_tied_weights(ranks: Any) -> None:
         assert max(differences) < 1e-11
 
 
-def traffic(stage: int, microbatches: int) -> tuple[int, int]:
-    """On the ranks: elements that one step moves over the data axis, and those of the padded parameters."""
+def traffic(stage: int, ahead: int, microbatches: int = 1) -> tuple[int, int, int]:
+    """On the ranks: elements that one step moves over the data axis, those of all parameters, and of the head."""
     mesh = Mesh.build(Layout(dp=2))
-    trainer = trainer_on(mesh, ZeroConfig(stage=stage), microbatches=microbatches)
+    trainer = trainer_on(mesh, ZeroConfig(stage=stage, ahead=ahead), microbatches=microbatches)
     for step in range(2):
         mesh.ledger.reset()
         trainer.step(batches(step, mesh.data.rank, 2, microbatches))
@@ -121,14 +121,22 @@ def traffic(stage: int, microbatches: int) -> tuple[int, int]:
     moved += sum(
         2 * entry.payload // 8 for entry in mesh.ledger.recent if entry.operation == "all_reduce" and entry.payload > 64
     )
-    return moved, sum(bucket.length for bucket in trainer.optimizer.buckets.buckets)
+    buckets = trainer.optimizer.buckets.buckets
+    return moved, sum(b.length for b in buckets), sum(b.length for b in buckets if b.unit == "head")
 
 
 @pytest.mark.parametrize("stage,times", [(0, 2), (1, 2), (2, 2), (3, 3)])
 def test_traffic_is_as_published(ranks: Any, stage: int, times: int) -> None:
     """arXiv 1910.02054, section 7: 2 Psi for stages 1 and 2, 3 Psi for stage 3; an all-reduce counts 2 Psi."""
-    for moved, parameters in ranks.run(traffic, world=2, stage=stage, microbatches=1):
+    for moved, parameters, _ in ranks.run(traffic, world=2, stage=stage, ahead=0):
         assert moved == times * parameters
+
+
+def test_what_is_used_next_stays(ranks: Any) -> None:
+    """With gathering ahead, the head is not let go between its forward and its backward pass."""
+    for moved, parameters, head in ranks.run(traffic, world=2, stage=3, ahead=1):
+        assert head
+        assert moved == 3 * parameters - head
 
 
 def held(stage: int) -> tuple[int, int, int]:
