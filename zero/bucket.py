@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from enum import Enum
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from parallel import comm
 from parallel.mesh import Axis
+from zero import compress
+from zero.compress import Arrival, TopK
+from zero.offload import hosted
 from zero.plan import Group, Slot, decays, wide
+from zero.sharing import Sharing
 
 __all__ = ["Bucket", "Life"]
 
@@ -40,24 +45,31 @@ class Bucket:
 
     Args:
         group: which, and in what order.
-        axis: the ranks that share the vector; of size 1 each holds all.
-        stage: of ZeRO: 1 cuts optimizer state, 2 gradients as well, 3 parameters as well.
+        sharing: the ranks that share the vector, the stage of ZeRO, and how its parts travel.
 
     Attributes:
         own: this rank's run of the vector.
+        kept: the parameters are whole between their uses: below stage 3, and where no unit gathers them.
         values: the parameters, in the precision of the model; parameters are views of it.
+        run: ``own`` of them.
         master: ``own`` in the precision of the optimizer.
         gradient: in the precision of the optimizer; all of it below stage 2, ``own`` from there on.
+        second: the run of a secondary partition, from the first gathering after an update to the next update.
     """
 
-    def __init__(self, group: Group, axis: Axis, stage: int) -> None:
+    def __init__(self, group: Group, sharing: Sharing) -> None:
         self.slots, self.unit, self.shared = group.slots, group.unit, group.shared
-        self.axis, self.stage, self.length = axis, stage, group.length
-        each = self.length // axis.size
-        self.own = slice(axis.rank * each, (axis.rank + 1) * each)
+        self.axis, self.stage, self.length = sharing.shard, sharing.stage, group.length
+        self.sharing, self.exact, self._uncut = sharing, group.exact, group.whole
+        self.kept = self.stage < 3 or not self.unit
+        each = self.length // self.axis.size
+        self.own = slice(self.axis.rank * each, (self.axis.rank + 1) * each)
         self.decayed = max((slot.stop for slot in self.slots if decays(slot.parameter)), default=0)
+        edges = [0, *(edge for slot in self.slots for edge in (slot.start, slot.stop)), self.length]
+        self._gaps = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
         first = self.slots[0].parameter
-        self.values = torch.zeros(self.length, dtype=first.dtype, device=first.device)
+        self.device = first.device
+        self.values = torch.zeros(self.length, dtype=first.dtype, device=self.device)
         with torch.no_grad():
             for slot in self.slots:
                 self.values[slot.start : slot.stop] = slot.parameter.detach().reshape(-1)
@@ -65,18 +77,29 @@ class Bucket:
         self.life = Life.WHOLE
         self._point(self.views)
         kind = wide(first.dtype)
-        own = self.values[self.own]
-        self.run = own.clone() if stage == 3 else own
-        self.master = self.run if kind == first.dtype else own.to(kind)
-        self.gradient = torch.zeros(each if stage > 1 else self.length, dtype=kind, device=first.device)
+        self._make_runs(self.values[self.own], kind)
+        self.gradient = torch.zeros(each if self.stage > 1 else self.length, dtype=kind, device=self.device)
         self.reduced = self.gradient
+        self.top = TopK(self.gradient, sharing.top_k) if sharing.top_k and not self.exact else None
         self.incoming: Tensor | None = None
+        self.second: Tensor | None = None
         self.fresh = set(range(len(self.slots)))
         self.ready: set[int] = set()
-        self.pending: comm.Pending | None = None
+        self.pending: Arrival | None = None
         self.highest: list[Tensor] = []
-        self._void = torch.full((1,), float("nan"), dtype=first.dtype, device=first.device)
-        self._gathering: comm.Pending | None = None
+        self._void = torch.full((1,), float("nan"), dtype=first.dtype, device=self.device)
+        self._gathering: Arrival | None = None
+
+    def _make_runs(self, own: Tensor, kind: torch.dtype) -> None:
+        """``run``, ``master``, and ``_landed``: the new values in the precision of the model, where they are made."""
+        offload, same = self.sharing.offload, own.dtype == kind
+        away = self._away = offload == "parameters" and not self.kept
+        self.run = hosted(own) if away else own if self.kept else own.clone()
+        if same and (away or offload == "none"):
+            self.master = self.run
+        else:
+            self.master = own.to(kind) if offload == "none" else hosted(own.to(kind))
+        self._landed = self.run if away or offload == "none" else self.master if same else hosted(own)
 
     def _point(self, tensors: list[Tensor]) -> None:
         for slot, tensor in zip(self.slots, tensors, strict=True):
@@ -87,14 +110,23 @@ class Bucket:
         self.life = life
 
     def gather(self) -> None:
-        """Begin to gather the parameters from all ranks of the axis."""
-        if self.life is Life.SHARDED:
-            self._move(Life.GATHERING)
-            self.values.untyped_storage().resize_(self.values.nbytes)
-            if self.axis.size == 1:
-                self.values.copy_(self.run)
+        """Begin to gather the parameters from all ranks of the axis, or of the secondary one if its copy is there."""
+        if self.life is not Life.SHARDED:
+            return
+        self._move(Life.GATHERING)
+        self.values.untyped_storage().resize_(self.values.nbytes)
+        axis, run = self.axis, self.run
+        if self.second is not None and self.sharing.secondary is not None:
+            axis, run = self.sharing.secondary, self.second
+        away = self._away and run is self.run
+        with self.sharing.lane.beside() if away else contextlib.nullcontext():
+            run = self.sharing.lane.up(run) if away else run
+            if axis.size == 1:
+                self.values.copy_(run)
+            elif self.sharing.quantize_weights and not self.exact and run is not self.second:
+                self._gathering = compress.start_all_gather(run, axis, self.values)
             else:
-                self._gathering = comm.start_all_gather(self.run, self.axis, out=self.values)
+                self._gathering = comm.start_all_gather(run, axis, out=self.values)
 
     def whole(self) -> None:
         """Return when the parameters can be read."""
@@ -103,6 +135,8 @@ class Bucket:
             if self._gathering is not None:
                 self._gathering.wait()
                 self._gathering = None
+            if self._away:
+                self.sharing.lane.join()
             self._move(Life.WHOLE)
             self._point(self.views)
 
@@ -110,7 +144,10 @@ class Bucket:
         """Keep this rank's run only. What is read afterwards is not a number."""
         if self.life is Life.GATHERING:
             self.whole()
-        if self.life is Life.WHOLE:
+        if self.life is Life.WHOLE and not self.kept:
+            if self.sharing.secondary is not None and self.second is None:
+                axis = self.sharing.secondary
+                self.second = self.values.view(axis.size, -1)[axis.rank].clone()
             self._move(Life.SHARDED)
             self._point([self._void.expand(slot.parameter.shape) for slot in self.slots])
             self.values.untyped_storage().resize_(0)
@@ -148,13 +185,19 @@ class Bucket:
             return
         for position in self.fresh:
             source[self.slots[position].start : self.slots[position].stop] = 0
-        source[self.slots[-1].stop :] = 0
+        for gap in self._gaps:
+            source[gap] = 0
         parts = [source[slot.start : slot.stop] for slot in self.slots]
         self.highest += torch._foreach_norm(parts, float("inf"))
-        if self.stage == 0:
-            self.pending = comm.start_all_reduce(source, everywhere)
+        axis = everywhere if self.stage == 0 else self.axis
+        if self.top is not None and axis.size > 1:
+            self.pending = self.top.start(source, axis, self.own)
+        elif self.stage == 0:
+            self.pending = comm.start_all_reduce(source, axis)
+        elif self.sharing.gradient_bits and not self.exact and axis.size > 1:
+            self.pending = comm.Pending(compress.reduce_scatter(source, axis, self.sharing.gradient_bits))
         else:
-            self.pending = comm.start_reduce_scatter(source, self.axis)
+            self.pending = comm.start_reduce_scatter(source, axis)
         self.incoming = None
 
     def settle(self) -> None:
@@ -168,23 +211,40 @@ class Bucket:
         else:
             self.reduced = result
 
+    def land(self) -> None:
+        """Round the updated master weights to the precision of the model, where they are."""
+        if self._landed is not self.master:
+            self._landed.copy_(self.master)
+
     def publish(self) -> comm.Pending | None:
-        """Give the model the values of the master weights; below stage 3 the other ranks as well, above when asked."""
-        if self.master is not self.run:
-            self.run.copy_(self.master)
-        if self.stage == 3:
+        """After :meth:`land`: give the model the new values; those kept whole to the other ranks as well."""
+        if self._landed is not self.run:
+            self.run.copy_(self._landed, non_blocking=True)
+        if not self.kept:
             self.release()
-        if self.stage == 3 or self.axis.size == 1:
+            self.second = None
+        if not self.kept or self.axis.size == 1:
             return None
         return comm.start_all_gather(self.run.clone(), self.axis, out=self.values)
 
-    def runs(self) -> Iterator[tuple[int, int, bool]]:
-        """What this rank updates, as runs of ``master``, and whether weight decay applies."""
+    def accept(self) -> None:
+        """The step was made."""
+        if self.top is not None:
+            self.top.keep(self.gradient)
+
+    def runs(self) -> Iterator[tuple[int, int, bool, Slot | None]]:
+        """What this rank updates: runs of ``master``, whether weight decay applies, and the parameter if it is one."""
+        if self._uncut:
+            for slot in self.slots:
+                _, run = self.part(slot)
+                if run.start < run.stop:
+                    yield run.start, run.stop, decays(slot.parameter), slot
+            return
         middle = min(max(self.decayed, self.own.start), self.own.stop) - self.own.start
         if middle:
-            yield 0, middle, True
+            yield 0, middle, True, None
         if middle < self.own.stop - self.own.start:
-            yield middle, self.own.stop - self.own.start, False
+            yield middle, self.own.stop - self.own.start, False, None
 
     def part(self, slot: Slot, start: int = 0, stop: int | None = None) -> tuple[int, slice]:
         """What of a parameter's flattened piece, from ``start`` to ``stop``, is ours: where it begins, and its run."""

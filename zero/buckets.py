@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +13,9 @@ from parallel.mesh import Axis, Mesh
 from parallel.shard import Shard, param_shards
 from zero.bucket import Bucket
 from zero.plan import Slot, plan, runs_once
+from zero.sharing import Sharing
 
-__all__ = ["Buckets", "Sharing"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sharing:
-    """How state is cut over the data axis.
-
-    Attributes:
-        stage: of ZeRO.
-        shard: the ranks that share one copy of the state.
-        replica: the ranks that hold the same run of it.
-    """
-
-    stage: int
-    shard: Axis
-    replica: Axis
-
-    @staticmethod
-    def over(mesh: Mesh, stage: int, size: int = 0) -> Sharing:
-        """Over ``mesh.data``, in runs of ``size`` neighbouring ranks (0: all); stage 0 shares nothing."""
-        data = mesh.data
-        size = 1 if stage == 0 else size or data.size
-        first = data.rank - data.rank % size
-        return Sharing(
-            stage,
-            mesh.among("data", range(first, first + size)),
-            mesh.among("data", range(data.rank % size, data.size, size)),
-        )
+__all__ = ["Buckets"]
 
 
 class Buckets:
@@ -72,8 +45,16 @@ class Buckets:
         self.frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
         self.holders = holders(self.shards, mesh)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        groups = plan(trained, self.holders, units, bucket_bytes, sharing.shard.size)
-        self.buckets = [Bucket(group, sharing.shard, sharing.stage) for group in groups]
+        groups = plan(
+            trained,
+            self.holders,
+            units,
+            bucket_bytes,
+            sharing.shard.size,
+            exact=self._alike() if sharing.compressed else frozenset(),
+            whole=sharing.whole_matrices,
+        )
+        self.buckets = [Bucket(group, sharing) for group in groups]
         self.where = {slot.parameter: (b, p) for b in self.buckets for p, slot in enumerate(b.slots)}
         self._launched, self._finished = 0, False
         self._last: Set[nn.Parameter] = frozenset()
@@ -83,6 +64,10 @@ class Buckets:
             mesh.among("pp", shared)
         self._sums = self._extra_sums()
         self._counted = self._counted_runs()
+
+    def _alike(self) -> Set[str]:
+        """Parameters that several tensor-parallel ranks hold: rounded among other neighbours they would part."""
+        return {n for n, shard in self.shards.items() if self.mesh.tp.size > 1 and "tp" not in shard.split}
 
     def begin(self) -> None:
         """Forget the gradients of the last step."""
@@ -219,6 +204,8 @@ class Buckets:
     @torch.no_grad()
     def publish(self) -> None:
         """Give the model the values of the master weights."""
+        for bucket in self.buckets:
+            bucket.land()
         for pending in [bucket.publish() for bucket in self.buckets]:
             if pending is not None:
                 pending.wait()

@@ -39,6 +39,9 @@ class Live:
         units: name -> module.
         buckets: name -> the buckets that the module's parameters are in.
         ahead: units that are gathered ahead of their use.
+
+    Attributes:
+        most: the most values that were whole, or on their way, at a time.
     """
 
     def __init__(self, units: Mapping[str, nn.Module], buckets: Mapping[str, Sequence[Bucket]], ahead: int) -> None:
@@ -70,11 +73,10 @@ class Live:
         self._previous = use
         for bucket in self.buckets[unit]:
             self._users[bucket] = self._users.get(bucket, 0) + 1
-            bucket.whole()
         expected = self._expected(use)
-        for bucket in self._all():
-            if not self._users.get(bucket) and bucket not in expected and not self._held:
-                bucket.release()
+        self._release_all_but(expected)
+        for bucket in self.buckets[unit]:
+            bucket.whole()
         for bucket in expected:
             bucket.gather()
         live = sum(bucket.length for bucket in self._all() if bucket.life is not Life.SHARDED)
@@ -90,13 +92,24 @@ class Live:
             use = following
         return found
 
+    def _release_all_but(self, expected: Sequence[Bucket]) -> None:
+        for bucket in self._all():
+            if not self._users.get(bucket) and bucket not in expected and not self._held:
+                bucket.release()
+
     def done(self, unit: str) -> None:
         """Let a unit go, unless it is used next."""
         expected = self._expected(self._previous) if self._previous else []
         for bucket in self.buckets[unit]:
-            self._users[bucket] -= 1
+            self._users[bucket] = max(0, self._users.get(bucket, 0) - 1)
             if not self._users[bucket] and bucket not in expected and not self._held:
                 bucket.release()
+
+    def begin(self) -> None:
+        """A step begins: what one that was broken off still held is let go."""
+        self._users.clear()
+        self._previous = None
+        self._release_all_but(())
 
     def end(self) -> None:
         """The step is over: nothing follows what was used last."""

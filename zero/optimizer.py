@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ from parallel.config import option
 from parallel.errors import ConfigError, refuse
 from parallel.mesh import Mesh
 from zero.bucket import Bucket
-from zero.buckets import Buckets, Sharing
+from zero.buckets import Buckets
+from zero.flat import Flat
 from zero.fragment import Fragment
 from zero.live import Live, units_of
+from zero.memory import explained
+from zero.offload import Offload, hosted, overlapped
+from zero.sharing import Sharing
 
 __all__ = ["OptimizerConfig", "ZeroConfig", "ZeroOptimizer"]
 
@@ -50,32 +55,58 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZeroConfig:
-    """How training state is cut over the data axis (arXiv 1910.02054)."""
+    """How training state is cut over the data axis (arXiv 1910.02054), how it travels, and where it lives."""
 
     stage: int = option(0, "cut over the data axis: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters")
     shard_size: int = option(0, "neighbouring data ranks that share one copy of the state (0: all): hybrid sharding")
     ahead: int = option(1, "stage 3: blocks that are gathered ahead of their use")
+    secondary: int = option(0, "stage 3: neighbouring ranks that gather again from a second copy (0: none): hpZ")
+    quantize_weights: bool = option(False, "stage 3: weights are gathered as int8, with a scale for 256 values: qwZ")
+    gradient_bits: int = option(0, "gradients are reduced as integers of 8 or 4 bits (0: exactly): qgZ")
+    top_k: float = option(0.0, "stages 0 and 1: share of each gradient that is sent, the rest waits (0: all is sent)")
+    offload: Offload = option("none", "kept in CPU memory: none, optimizer (and master weights), parameters (as well)")
 
     def problems(self) -> Iterator[str]:
         """Why such a stage cannot be."""
         if not 0 <= self.stage <= 3:
             yield f"stage = {self.stage}: the stages are 0, 1, 2 and 3"
-        for name in ("shard_size", "ahead"):
+            return
+        for name in ("shard_size", "ahead", "secondary"):
             if getattr(self, name) < 0:
                 yield f"{name} = {getattr(self, name)}: must not be negative"
+        if self.gradient_bits not in (0, 4, 8):
+            yield f"gradient_bits = {self.gradient_bits}: must be 8, 4 or 0 (exact)"
+        if not 0 <= self.top_k < 1:
+            yield f"top_k = {self.top_k}: must be at least 0 (all is sent) and below 1"
+        for name, least, why in (
+            ("secondary", 3, "a second copy is of parameters that are cut"),
+            ("quantize_weights", 3, "below, the weights that are gathered are those that are kept"),
+            ("gradient_bits", 1, "integers are summed by the rank that owns the run"),
+        ):
+            if getattr(self, name) and self.stage < least:
+                yield f"{name} at stage {self.stage}: {why}; the nearest stage that works is {least}"
+        if self.offload == "parameters" and self.stage < 3:
+            yield f"offload = parameters at stage {self.stage}: nearest are offload = optimizer, and stage 3"
+        if self.top_k and self.stage > 1:
+            yield f"top_k at stage {self.stage}: what waits is a whole gradient; the nearest stage that works is 1"
+        if self.top_k and self.gradient_bits:
+            yield "top_k and gradient_bits: a gradient is made smaller by one of them; set the other to 0"
 
     def misfits(self, ranks: int) -> Iterator[str]:
         """Why this cannot be on so many data ranks."""
-        if self.shard_size and ranks % self.shard_size:
-            near = max(size for size in range(1, self.shard_size + 1) if ranks % size == 0)
-            yield f"shard_size = {self.shard_size} does not divide {ranks} data ranks; the nearest that works is {near}"
+        shared = self.shard_size or ranks
+        for name, whole, what in (("shard_size", ranks, "data ranks"), ("secondary", shared, "ranks that share state")):
+            size = getattr(self, name)
+            if size and whole % size:
+                near = max(near for near in range(1, size + 1) if whole % near == 0)
+                yield f"{name} = {size} does not divide {whole} {what}; the nearest that works is {near}"
 
 
 Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class ZeroOptimizer:
-    """Any elementwise torch optimizer over the flat master weights of a model.
+    """Any torch optimizer over the master weights of a model.
 
     Use it like this::
 
@@ -91,9 +122,12 @@ class ZeroOptimizer:
         config: of AdamW, clipping and buckets.
         factory: makes another optimizer from parameter groups; default AdamW with the values of ``config``.
         zero: how state is cut over the data axis.
+        whole_matrices: ``factory`` gets every parameter in its whole shape, for updates that are not elementwise
+            (Muon); otherwise it gets runs of flat vectors.
 
     Raises:
         ConfigError: the data axis cannot be cut so.
+        NotEnoughMemory: here, or in the first step.
     """
 
     def __init__(
@@ -104,36 +138,57 @@ class ZeroOptimizer:
         factory: Factory | None = None,
         *,
         zero: ZeroConfig | None = None,
+        whole_matrices: bool = False,
     ) -> None:
         self.config = OptimizerConfig() if config is None else config
-        self.zero = ZeroConfig() if zero is None else zero
+        self.zero = z = ZeroConfig() if zero is None else zero
         self.mesh = mesh
-        refuse(ConfigError, self.zero.misfits(mesh.data.size))
-        sharing = Sharing.over(mesh, self.zero.stage, self.zero.shard_size)
+        refuse(ConfigError, [*z.problems(), *z.misfits(mesh.data.size)])
+        sharing = Sharing.over(
+            mesh,
+            z.stage,
+            z.shard_size,
+            z.secondary,
+            quantize_weights=z.quantize_weights,
+            gradient_bits=z.gradient_bits,
+            top_k=z.top_k,
+            offload=z.offload,
+            whole_matrices=whole_matrices,
+        )
         units = units_of(model) if sharing.stage == 3 else {}
         owner = {p: name for name, unit in reversed(units.items()) for p in unit.parameters()}
-        self.buckets = Buckets(model, mesh, sharing, owner, round(self.config.bucket_mb * (1 << 20)))
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with explained(self._trained, sharing, mesh.data.size):
+            self.buckets = Buckets(model, mesh, sharing, owner, round(self.config.bucket_mb * (1 << 20)))
+            self._flats = [*self._make_flats()]
+        self._of = {b: [*flats] for b, flats in groupby(self._flats, lambda flat: flat.bucket)}
         self.live: Live | None = None
         if sharing.stage == 3:
             where = self.buckets.where
             of = {n: list(dict.fromkeys(where[p][0] for p in u.parameters() if p in where)) for n, u in units.items()}
             self.live = Live(units, of, self.zero.ahead)
-        self._flats: list[_Flat] = []
-        for bucket in self.buckets.buckets:
-            for start, stop, decay in bucket.runs():
-                self._flats.append(_Flat(bucket, start, stop, decay, nn.Parameter(bucket.master[start:stop])))
         groups = [
             {"params": [flat.values], "weight_decay": self.config.weight_decay if flat.decay else 0.0}
             for flat in self._flats
         ]
-        self.inner = (factory or self._adamw)(groups)
+        nothing = {"params": [nn.Parameter(torch.empty(0))], "weight_decay": 0.0}  # torch refuses an empty list
+        self.inner = (factory or self._adamw)(groups or [nothing])
+        self._hosts: dict[Flat, Tensor] = {}
+
+    def _make_flats(self) -> Iterator[Flat]:
+        for bucket in self.buckets.buckets:
+            for start, stop, decay, slot in bucket.runs():
+                shard = None if slot is None else self.buckets.shards[slot.name]
+                yield Flat(bucket, start, stop, decay, slot, shard, self.mesh)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         c = self.config
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
     def begin(self) -> None:
-        """Start a step: forget the gradients of the last one."""
+        """Start a step: forget the gradients of the last one, and what one that was broken off has left."""
+        if self.live is not None:
+            self.live.begin()
         self.buckets.begin()
 
     def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
@@ -161,17 +216,66 @@ class ZeroOptimizer:
         if not math.isfinite(norm):
             return norm
         scale = self.config.clip / (norm + 1e-6) if self.config.clip else 1.0
-        for flat in self._flats:
-            flat.values.grad = self.buckets.own(flat.bucket)[flat.start : flat.stop]
-            if scale < 1.0:
-                flat.values.grad.mul_(scale)
         for group in self.inner.param_groups:
             group["lr"] = self.config.lr if lr is None else lr
-        self.inner.step()
-        for flat in self._flats:
-            flat.values.grad = None
-        self.buckets.publish()
+        with explained(self._trained, self.buckets.sharing, self.mesh.data.size):
+            self._update(scale)
+        for bucket in self.buckets.buckets:
+            bucket.accept()
         return norm
+
+    def _update(self, scale: float) -> None:
+        """From reduced gradients to new parameters."""
+        if self.zero.offload == "none":
+            for flat in self._flats:
+                flat.values.grad = flat.gradient(self.buckets.own(flat.bucket), scale)
+            self._apply(self._flats)
+            self.buckets.publish()
+            return
+        leaving: list[comm.Pending | None] = []
+        overlapped(
+            self.buckets.buckets,
+            lambda bucket: self._fetch(bucket, scale),
+            self._land,
+            lambda bucket: leaving.append(bucket.publish()),
+        )
+        for pending in leaving:
+            if pending is not None:
+                pending.wait()
+
+    def _land(self, bucket: Bucket) -> None:
+        self._apply(self._of.get(bucket, []))
+        bucket.land()
+
+    def _fetch(self, bucket: Bucket, scale: float) -> Callable[[], None]:
+        """Begin to copy a reduced gradient to CPU memory; the result waits for it."""
+        arrivals: list[Callable[[], None]] = []
+        for flat in self._of.get(bucket, []):
+            gradient = flat.gradient(self.buckets.own(bucket), scale)
+            there = self._hosts.get(flat)
+            if there is None:
+                there = self._hosts[flat] = hosted(gradient)
+            arrivals.append(self.buckets.sharing.lane.down(gradient, there))
+            flat.values.grad = there
+
+        def wait() -> None:
+            for arrived in arrivals:
+                arrived()
+
+        return wait
+
+    def _apply(self, flats: Sequence[Flat]) -> None:
+        """Update the master weights whose gradients are there."""
+        params = {flat.values for flat in flats}
+        groups = self.inner.param_groups
+        self.inner.param_groups = [group for group in groups if not params.isdisjoint(group["params"])]
+        try:
+            self.inner.step()
+        finally:
+            self.inner.param_groups = groups
+        for flat in flats:
+            flat.values.grad = None
+            flat.updated()
 
     def culprits(self) -> list[str]:
         """Where gradients were not finite before they were summed: rank and parameter; every rank calls it."""
@@ -192,8 +296,10 @@ class ZeroOptimizer:
         for bucket in self.buckets.buckets:
             own = bucket.master if what == "master" else self.buckets.own(bucket) if what == "gradient" else None
             if own is None:
-                own = torch.cat([self.inner.state[f.values][what] for f in self._flats if f.bucket is bucket])
-            full = comm.start_all_gather(own.contiguous(), bucket.axis).wait()
+                own = torch.zeros_like(bucket.master)
+                for flat in self._of.get(bucket, []):
+                    own[flat.start : flat.stop] = flat.piece(what, self.inner.state[flat.values][what])
+            full = comm.start_all_gather(own.to(bucket.device).contiguous(), bucket.axis).wait()
             for slot in bucket.slots:
                 yield slot.name, full[slot.start : slot.stop].view(slot.parameter.shape)
         if what == "master":
@@ -207,9 +313,9 @@ class ZeroOptimizer:
         if not self.inner.state:
             self.prepare()
         for flat in self._flats:
-            yield from flat.fragments("master", flat.values.data)
+            yield from flat.fragments("master", flat.bucket.master[flat.start : flat.stop])
             for what, value in self._vectors(flat.values).items():
-                yield from flat.fragments(what, value)
+                yield from flat.fragments(what, flat.piece(what, value))
         for name, parameter in self.buckets.frozen.items():
             yield Fragment(name, "master", 0, parameter.data.view(-1))
 
@@ -218,25 +324,26 @@ class ZeroOptimizer:
         found: dict[str, float] = {}
         for flat in self._flats:
             for what, value in self._numbers(flat.values).items():
-                found |= {f"{slot.name}|{what}": float(value) for slot in flat.bucket.slots}
+                found |= {f"{name}|{what}": float(value) for name in flat.names}
         return found
 
     def prepare(self) -> None:
         """Allocate the state vectors, which torch otherwise does in the first step, so that they can be filled."""
-        lrs = [group["lr"] for group in self.inner.param_groups]
-        saved = [bucket.master.clone() for bucket in self.buckets.buckets]
-        for group in self.inner.param_groups:
-            group["lr"] = 0.0
+        rates = [
+            {key: group[key] for key in ("lr", "weight_decay") if key in group} for group in self.inner.param_groups
+        ]
+        saved = [flat.values.detach().clone() for flat in self._flats]
+        for group, own in zip(self.inner.param_groups, rates, strict=True):
+            group.update(dict.fromkeys(own, 0.0))
         for flat in self._flats:
             flat.values.grad = torch.zeros_like(flat.values)
         self.inner.step()
-        for flat in self._flats:
-            flat.values.grad = None
         with torch.no_grad():
-            for bucket, values in zip(self.buckets.buckets, saved, strict=True):
-                bucket.master.copy_(values)
-        for group, lr in zip(self.inner.param_groups, lrs, strict=True):
-            group["lr"] = lr
+            for flat, values in zip(self._flats, saved, strict=True):
+                flat.values.grad = None
+                flat.values.copy_(values)
+        for group, own in zip(self.inner.param_groups, rates, strict=True):
+            group.update(own)
         for state in self.inner.state.values():
             for value in state.values():
                 if isinstance(value, Tensor) and value.ndim == 0:
@@ -247,7 +354,8 @@ class ZeroOptimizer:
         """After the fragments of :meth:`state` were filled: set the scalars, and give the model its values."""
         for flat in self._flats:
             for what, value in self._numbers(flat.values).items():
-                value.fill_(scalars[f"{flat.bucket.slots[0].name}|{what}"])
+                value.fill_(scalars[f"{flat.names[0]}|{what}"])
+            flat.join(self._vectors(flat.values))
         self.buckets.publish()
 
     def _vectors(self, values: nn.Parameter) -> dict[str, Tensor]:
@@ -256,23 +364,3 @@ class ZeroOptimizer:
 
     def _numbers(self, values: nn.Parameter) -> dict[str, Tensor]:
         return {k: v for k, v in self.inner.state[values].items() if isinstance(v, Tensor) and v.ndim == 0}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Flat:
-    """A run of a bucket's master weights as one parameter of the inner optimizer."""
-
-    bucket: Bucket
-    start: int
-    stop: int
-    decay: bool
-    values: nn.Parameter
-
-    def fragments(self, what: str, vector: Tensor) -> Iterator[Fragment]:
-        """The parameters in this run, each with its part of ``vector``."""
-        for slot in self.bucket.slots:
-            _, run = self.bucket.part(slot)
-            first, end = max(run.start, self.start), min(run.stop, self.stop)
-            if first < end:
-                begin = first + self.bucket.own.start - slot.start
-                yield Fragment(slot.name, what, begin, vector[first - self.start : end - self.start])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -35,18 +35,25 @@ class Group:
         unit: the part of the model that is gathered as one; "" where nothing is.
         shared: pipeline ranks that hold the same parameters; empty: this one alone.
         dtype: of the parameters.
+        exact: it is never compressed.
         ways: ranks that share the vector; its length is a multiple.
+        whole: no parameter is cut: the largest are placed first, each in the run of the rank that has the least, and
+            every run is as long as the longest.
     """
 
     unit: str
     shared: tuple[int, ...]
     dtype: torch.dtype
+    exact: bool
     ways: int
+    whole: bool = False
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
 
     @property
     def slots(self) -> list[Slot]:
-        """Where each parameter stands."""
+        """Where each parameter stands, in the order of the vector."""
+        if self.whole:
+            return self._placed()[0]
         slots: list[Slot] = []
         for name, parameter in sorted(self.parameters, key=lambda item: not decays(item[1])):
             slots.append(Slot(name, parameter, slots[-1].stop if slots else 0))
@@ -55,8 +62,26 @@ class Group:
     @property
     def length(self) -> int:
         """Of the vector, padding included."""
+        if self.whole:
+            return self._placed()[1] * self.ways
         total = sum(parameter.numel() for _, parameter in self.parameters)
         return -(-total // self.ways) * self.ways
+
+    def _placed(self) -> tuple[list[Slot], int]:
+        """Where each parameter stands if none is cut, and the length of a run."""
+        runs: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(self.ways)]
+        filled = [0] * self.ways
+        for name, parameter in sorted(self.parameters, key=lambda item: -item[1].numel()):
+            rank = filled.index(min(filled))
+            runs[rank].append((name, parameter))
+            filled[rank] += parameter.numel()
+        slots: list[Slot] = []
+        for rank, run in enumerate(runs):
+            start = rank * max(filled)
+            for name, parameter in run:
+                slots.append(Slot(name, parameter, start))
+                start = slots[-1].stop
+        return slots, max(filled)
 
 
 def decays(parameter: nn.Parameter) -> bool:
@@ -75,6 +100,8 @@ def plan(
     units: Mapping[nn.Parameter, str],
     bucket_bytes: int,
     ways: int,
+    exact: Set[str] = frozenset(),
+    whole: bool = False,
 ) -> list[Group]:
     """Groups in the order in which backward reaches them.
 
@@ -84,16 +111,19 @@ def plan(
         units: parameter -> the part of the model that it is gathered with.
         bucket_bytes: of gradients; a larger parameter has a group of its own.
         ways: ranks that share each vector.
+        exact: parameters that are never compressed.
+        whole: no parameter is cut; then a run, not the vector, is of ``bucket_bytes``.
     """
+    bucket_bytes *= ways if whole else 1
     groups: list[Group] = []
-    open_: dict[tuple[str, tuple[int, ...], torch.dtype], tuple[Group, int]] = {}
+    open_: dict[tuple[str, tuple[int, ...], torch.dtype, bool], tuple[Group, int]] = {}
     for name, parameter in reversed(parameters):
         shared = tuple(holders[name]) if len(holders[name]) > 1 else ()
-        key = units.get(parameter, ""), shared, parameter.dtype
+        key = units.get(parameter, ""), shared, parameter.dtype, name in exact
         size = parameter.numel() * wide(parameter.dtype).itemsize
         group, filled = open_.get(key, (None, 0))
         if group is None or filled + size > bucket_bytes:
-            group, filled = Group(*key, ways), 0
+            group, filled = Group(*key, ways, whole), 0
             groups.append(group)
         group.parameters.append((name, parameter))
         open_[key] = (group, filled + size)
