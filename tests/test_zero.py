@@ -35,7 +35,14 @@ def trainer_on(
     for name in options.pop("frozen", ()):
         if name in dict(model.named_parameters()):
             model.get_parameter(name).requires_grad_(False)
-    optimizer = ZeroOptimizer(model, mesh, OPTIMIZER, zero=zero, factory=options.pop("factory", None))
+    optimizer = ZeroOptimizer(
+        model,
+        mesh,
+        options.pop("optimizer", OPTIMIZER),
+        zero=zero,
+        factory=options.pop("factory", None),
+        whole_matrices=options.pop("whole_matrices", False),
+    )
     return Trainer(model, optimizer, mesh, steps=100, pipeline=pipeline, **options)
 
 

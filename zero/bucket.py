@@ -64,7 +64,7 @@ class Bucket:
         self.kept = self.stage < 3 or not self.unit
         each = self.length // self.axis.size
         self.own = slice(self.axis.rank * each, (self.axis.rank + 1) * each)
-        self.decayed = max((slot.stop for slot in self.slots if decays(slot.parameter)), default=0)
+        self.decayed = next((slot.start for slot in self.slots if not decays(slot.parameter)), self.length)
         edges = [0, *(edge for slot in self.slots for edge in (slot.start, slot.stop)), self.length]
         self._gaps = [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
         first = self.slots[0].parameter

@@ -56,7 +56,10 @@ class Group:
             return self._placed()[0]
         slots: list[Slot] = []
         for name, parameter in sorted(self.parameters, key=lambda item: not decays(item[1])):
-            slots.append(Slot(name, parameter, slots[-1].stop if slots else 0))
+            start = slots[-1].stop if slots else 0
+            if slots and decays(slots[-1].parameter) and not decays(parameter):
+                start = _aligned(start)
+            slots.append(Slot(name, parameter, start))
         return slots
 
     @property
@@ -64,8 +67,7 @@ class Group:
         """Of the vector, padding included."""
         if self.whole:
             return self._placed()[1] * self.ways
-        total = sum(parameter.numel() for _, parameter in self.parameters)
-        return -(-total // self.ways) * self.ways
+        return _aligned(self.slots[-1].stop, self.ways)
 
     def _placed(self) -> tuple[list[Slot], int]:
         """Where each parameter stands if none is cut, and the length of a run."""
@@ -82,6 +84,15 @@ class Group:
                 slots.append(Slot(name, parameter, start))
                 start = slots[-1].stop
         return slots, max(filled)
+
+
+_LINE = 16
+"""Runs are multiples of 64 bytes of float32. The fused AdamW rounds what is left over of a run otherwise than the rest:
+where a run ends must not decide over a bit of a weight."""
+
+
+def _aligned(length: int, ways: int = 1) -> int:
+    return -(-length // (_LINE * ways)) * _LINE * ways
 
 
 def decays(parameter: nn.Parameter) -> bool:
