@@ -39,7 +39,7 @@ class Contender(Protocol):
 class Ours:
     """Trainer, as a user has it. Without ``reduce`` the collectives are left out, and the values are wrong.
 
-    With a ``pipeline`` (the options of PipelineConfig) every document is a microbatch.
+    With a ``pipeline``, which is the name of a schedule, every document is a microbatch.
     """
 
     def __init__(self, spec: Spec, rank: int) -> None:

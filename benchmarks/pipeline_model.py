@@ -80,16 +80,14 @@ class PlainPipeline:
         self.tokens_BS = workload.documents()
         self.labels_BS = workload.targets(self.tokens_BS)
         layers = spec["layers"]
-        whole = load_plain(
-            workload.config(layers), Path(spec["weights"]), self.tokens_BS.shape[1], self.dtype
-        ).train()
+        whole = load_plain(workload.config(layers), Path(spec["weights"]), self.tokens_BS.shape[1], self.dtype).train()
         self.config = options(spec["pipeline"])
         self.cuts = cuts(self.config, layers, rank)
         self.stages = {cut.stage: Stage(whole, cut) for cut in self.cuts}
         self.last = any(cut.last for cut in self.cuts)
         self.parameters = [p for stage in self.stages.values() for p in stage.parameters()]
-        choice = {"fused": True} if spec["adamw"] == "fused" else {}
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, **choice)
+        fused = True if spec["adamw"] == "fused" else None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4, fused=fused)
 
     def gradients(self) -> list[Tensor]:
         """Form the gradients of the mean loss; the mean loss of every microbatch, on the rank with the last stage."""

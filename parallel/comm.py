@@ -79,6 +79,10 @@ class Pending:
     work: Any = None
     rows: int | None = None
 
+    def is_done(self) -> bool:
+        """Whether it is complete, where the backend can tell without waiting (NCCL)."""
+        return self.work is None or self.work.is_completed()
+
     def wait(self) -> Tensor:
         """Block until the collective is complete (on CUDA: until the current stream may use it)."""
         if self.work is not None:

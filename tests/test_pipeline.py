@@ -1,4 +1,4 @@
-"""Pipelines: under every schedule the loss, gradients and weights of one device, and what is kept only as long as due."""
+"""Pipelines: under every schedule the loss, gradients and weights of one device; nothing is kept longer than due."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def reference(
 
 
 def held_cuts(config: DecoderConfig, pipeline: PipelineConfig, mesh: Mesh, count: int) -> tuple[Any, ...]:
-    table = pipeline.table(mesh.pp.size, count)
+    table = pipeline.table(mesh.pp.size, count, config.layers)
     cuts = pipeline.cuts(config.layers, table.stages)
     return tuple(cuts[stage] for stage in table.stages_of(mesh.pp.rank))
 
@@ -184,15 +185,15 @@ def check_steps(cases: list[dict[str, Any]], **layout: Any) -> None:
 
 def counts(ranks: int) -> list[int]:
     """Microbatches: fewer than the ranks, as many, a few more, many."""
-    return sorted({1, ranks - 1, ranks, ranks + 1, 2 * ranks, 3 * ranks + 1})
+    return sorted({1, ranks - 1, ranks, ranks + 1, 3 * ranks + 1})
 
 
 @pytest.mark.parametrize("schedule", TRAINING)
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_schedule_gives_the_gradients_of_one_device(ranks: Ranks, schedule: str, world: int) -> None:
-    config = {0: "qwen3", 1: "gpt2"}
+    config, depth = {0: "qwen3", 1: "gpt2"}, 2 * world if schedule in TWO_STAGES else world + 1
     cases = [
-        {"schedule": schedule, "count": count, "config": config[(n + more) % 2], "depth": 2 * world}
+        {"schedule": schedule, "count": count, "config": config[(n + more) % 2], "depth": depth}
         for n, count in enumerate(counts(world))
         for more in (0, 1)
         if not more or count == world + 1
@@ -228,7 +229,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(ranks: Ranks, variant: str) -> None:
     options = VARIANTS[variant]
-    names = ["1f1b", "zb-h1", "dualpipe"] if "layers" in options else ["1f1b", "zb-h2", "zb-v", "dualpipe", "dualpipev"]
+    names = ["1f1b", "zb-h1", "dualpipe"] if "layers" in options else ["zb-h2", "zb-v", "dualpipe"]
     ranks.run(check_steps, world=4, cases=[{"schedule": name, "count": 4} | options for name in names], pp=4)
 
 
@@ -315,6 +316,7 @@ def check_training(cases: list[tuple[str, str, str]], depth: int, count: int, **
             loss, _ = trainer.accumulate(trainer.data(step))
             early = sum(bucket.pending is not None for bucket in buckets.buckets)
             late = int(CONFIGS[config].tied)  # of two stages of one rank
+            late = len(buckets.buckets) if schedule.endswith(".txt") else late
             assert early >= len(buckets.buckets) - late, f"{what}: {early} of {len(buckets.buckets)} on their way"
             if step == 0:
                 for name, view in trainer.optimizer.reduce():
@@ -328,8 +330,25 @@ def check_training(cases: list[tuple[str, str, str]], depth: int, count: int, **
 
 @pytest.mark.parametrize("config", ["qwen3", "tied"])
 def test_training_beside_data_parallelism(ranks: Ranks, config: str) -> None:
-    """Weights after three steps, with clipping; buckets are reduced while the pipeline still runs, and not too early."""
+    """Weights after three steps, with clipping; buckets are reduced while the pipeline runs, and not too early."""
     ranks.run(check_training, world=4, cases=[(name, config, "") for name in TRAINING], depth=4, count=6, pp=2, dp=2)
+
+
+LATE = """
+0F0 0F1 0F2 0I0 0B1 0B2 0W0
+1F0 1I0 1F1 1B1 1F2 1B2 1W0
+"""
+
+
+def test_a_weight_that_comes_after_the_last_b_is_not_reduced_too_early(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "late.txt").write_text(LATE)
+    cases = [(str(tmp_path / "late.txt"), "qwen3", "")]
+    ranks.run(check_training, world=4, cases=cases, depth=4, count=6, pp=2, dp=2)
+
+
+def test_an_embedding_that_two_stages_of_a_rank_share_is_not_reduced_too_early(ranks: Ranks) -> None:
+    cases = [(name, "tied", "-embedding") for name in ("zb-v", "dualpipe", "dualpipev")]
+    ranks.run(check_training, world=4, cases=cases, depth=4, count=6, pp=2, dp=2)
 
 
 def test_training_over_four_stages(ranks: Ranks) -> None:
@@ -338,8 +357,8 @@ def test_training_over_four_stages(ranks: Ranks) -> None:
 
 
 def test_training_with_frozen_parameters(ranks: Ranks) -> None:
-    frozen = ["embedding layers.0 layers.1", "-head", "layers.0 layers.1 layers.2 embedding"]
-    cases = [(name, "qwen3", words) for name in ("1f1b", "zb-h1", "dualpipe", "zb-v") for words in frozen]
+    frozen = ["-head", "layers.0 layers.1 layers.2 embedding"]
+    cases = [(name, "qwen3", words) for name in ("zb-h1", "dualpipe", "zb-v") for words in frozen]
     ranks.run(check_training, world=4, cases=cases, depth=8, count=6, pp=4)
 
 
@@ -407,7 +426,7 @@ KINDS_OF_TOYS: list[dict[int, str]] = [{}, {0: "same", 2: "same"}, {1: "same", 2
 
 
 def check_toys(schedules: list[str]) -> None:
-    """On the ranks: stages of no model of ours, which put nothing off, of different widths or passing their input on."""
+    """On the ranks: stages that put nothing off, of different widths, or that pass their input on."""
     mesh = Mesh.build(Layout(pp=dist.get_world_size()))
     for number, name in enumerate(schedules):
         for kinds in (KINDS_OF_TOYS[0], KINDS_OF_TOYS[1 + number % 2]):
@@ -476,6 +495,7 @@ def watched(after: Callable[[Any, Action, float], None]) -> Iterator[None]:
 
     handlers = executor.HANDLERS
     executor.HANDLERS = {op: wrap(handler) for op, handler in handlers.items()}
+    gc.collect()
     gc.disable()  # what is let go must be free at once
     try:
         yield
@@ -620,6 +640,7 @@ def check_trace(schedules: list[str]) -> None:
 
         with watched(after):
             pipeline.run(table, microbatches, trace=True)
+        assert pipeline.links.leaving() == [], "a step ends when its messages have left"
         assert len(blocking) < 2, f"{name}: {blocking} wait"
         timeline = pipeline.timeline()
         assert [[span.action for span in row] for row in timeline.rows] == [list(row) for row in table.rows]
@@ -627,7 +648,7 @@ def check_trace(schedules: list[str]) -> None:
         crossed = 0
         for rank, row in enumerate(timeline.rows):
             assert all(0 <= span.start <= span.end for span in row)
-            assert all(one.end <= two.start for one, two in zip(row, row[1:], strict=False))
+            assert all(one.end <= two.start for one, two in itertools.pairwise(row))
             for span in row:
                 stage, op, microbatch = span.action
                 need = [Action(stage + 1, "B", microbatch), Action(stage + 1, "I", microbatch)] if op in "BI" else []
@@ -686,7 +707,7 @@ def check_validation(cases: list[tuple[str, int, int]]) -> None:
     """On the ranks: forward passes alone, after steps of as many or other microbatches."""
     mesh = Mesh.build(Layout(pp=dist.get_world_size()))
     for schedule, count, validation in cases:
-        alone = trainer_on(Mesh.single(), config="dropout", depth=8, validation=validation)
+        alone = trainer_on(Mesh.single(), config="gpt2", depth=8, validation=validation)
         trainer = trainer_on(mesh, schedule, "dropout", depth=8, count=count, validation=validation)
         expected, got = alone.validate(), trainer.validate()
         assert expected is not None
@@ -734,34 +755,29 @@ def continue_at(folder: str, schedule: str, config: str, frozen: str, layout: di
     return [trainer.step(trainer.data(step)).loss for step in (2, 3)]
 
 
-SAVED: list[tuple[str, str, str]] = [
-    ("1f1b", "tied", ""),
-    ("dualpipe", "tied", ""),
-    ("zb-v", "gpt2", ""),
-    ("interleaved", "qwen3", "-head layers.3"),
+SAVED: list[tuple[str, str, str, str, dict[str, int]]] = [
+    ("1f1b", "tied", "", "zb-h1", {"pp": 4}),
+    ("dualpipe", "tied", "", "dualpipe", {"dp": 2, "pp": 2}),
+    ("zb-v", "gpt2", "", "1f1b", {"tp": 2}),
+    ("interleaved", "qwen3", "-head layers.3", "dualpipe", {"pp": 4}),
 ]
+"""How a checkpoint is written, by pp=2 and tp=2, and how it is read, beside by those and by one device."""
 
 
-@pytest.mark.parametrize(("schedule", "config", "frozen"), SAVED)
+@pytest.mark.parametrize(("schedule", "config", "frozen", "other", "layout"), SAVED)
 def test_checkpoints_are_read_at_any_layout(
-    ranks: Ranks, tmp_path: Path, schedule: str, config: str, frozen: str
+    ranks: Ranks, tmp_path: Path, schedule: str, config: str, frozen: str, other: str, layout: dict[str, int]
 ) -> None:
     same: dict[str, Any] = {"folder": str(tmp_path), "config": config, "frozen": frozen}
     here = {"pp": 2, "tp": 2}
     rest = ranks.run(save_at, world=4, schedule=schedule, layout=here, **same)[0]
     assert ranks.run(continue_at, world=4, schedule=schedule, layout=here, **same)[0] == rest
-    others: list[tuple[str, dict[str, int]]] = [
-        ("zb-h1", {"pp": 4}),
-        ("dualpipe", {"dp": 2, "pp": 2}),
-        ("1f1b", {"tp": 2}),
-    ]
-    for name, layout in others:
-        world = Layout(**layout).world
-        again = ranks.run(continue_at, world=world, schedule=name, layout=layout, **same)[0]
+    world = Layout(**layout).world
+    elsewhere = ranks.run(continue_at, world=world, schedule=other, layout=layout, **same)[0]
+    alone = continue_at(schedule="1f1b", layout={}, **same)
+    for again in (elsewhere, alone):
         torch.testing.assert_close(again, rest, rtol=1e-11, atol=0)
-    again = continue_at(schedule="1f1b", layout={}, **same)
-    torch.testing.assert_close(again, rest, rtol=1e-11, atol=0)
-    assert again[0] != again[1]
+    assert rest[0] != rest[1]
 
 
 def check_folders(folder: str, schedules: list[str], config: str) -> None:

@@ -15,7 +15,7 @@ from parallel.models.batch import Batch
 from parallel.models.decoder import Decoder
 from parallel.pp import PipelineConfig, Schedule, Timeline
 from parallel.pp.run import Pipeline
-from parallel.pp.wavefront import forward_only
+from parallel.pp.wavefront import forward_only, spread
 
 __all__ = ["ExpectLast", "PipelinedModel"]
 
@@ -47,8 +47,7 @@ class PipelinedModel:
         self.pipeline: Pipeline[Batch] = Pipeline(
             mesh, self._forward, self._shape, dtype, deferral=model.deferral, timeout_s=config.timeout_s
         )
-        held = comm.gather_json(sorted(self.cuts), mesh.pp)
-        self._placement = [next(r for r, own in enumerate(held) if s in own) for s in range(model.cuts[0].stages)]
+        self._placement = spread(comm.gather_json(sorted(self.cuts), mesh.pp))
         self._tables: dict[int, Schedule] = {}
         self._options: dict[str, Any] = {}
         self._total = torch.zeros(())
@@ -74,7 +73,7 @@ class PipelinedModel:
         """The sum of the losses that this rank has seen, without gradients."""
         self.model.eval()
         self._begin({})
-        self.pipeline.run(forward_only(self._placement, len(batches)), batches)
+        self.pipeline.run(forward_only(self._placement, self.mesh.pp.size, len(batches)), batches)
         return self._total
 
     def timeline(self) -> Timeline:

@@ -33,12 +33,17 @@ class Message:
         """
         if self.pending is not None:
             self.pending.wait()
-            return True
+            self.pending = None
+            self.done.set()
         if not self.done.wait(patience_s):
             return False
         if self.error is not None:
             raise self.error
         return True
+
+    def has_left(self) -> bool:
+        """Whether what it holds may be let go, without waiting for it."""
+        return self.done.is_set() or (self.pending is not None and self.pending.is_done())
 
 
 class Links:
@@ -69,15 +74,16 @@ class Links:
         """Send ``x``, which is let go when it has left."""
         axis, place = self._axis(self.mesh.pp.rank, to)
         message = Message(x)
-        self._sent.append(message)
         if self.streams:
             message.pending = comm.start_send(x, axis, place, tag)
+            self._sent = [sent for sent in self._sent if not sent.has_left()]
         elif self.delay_s:
             due = time.monotonic() + self.delay_s
             self._later("send", to, message, lambda: _at(due, lambda: comm.start_send(x, axis, place, tag)))
         else:
             pending = comm.start_send(x, axis, place, tag)
             self._later("send", to, message, lambda: pending)
+        self._sent.append(message)
 
     def receive(self, buffer: Tensor, source: int, tag: int) -> Message:
         """Begin to fill ``buffer``."""
@@ -91,7 +97,7 @@ class Links:
 
     def leaving(self) -> list[Message]:
         """Messages that have not left yet; what has is forgotten."""
-        self._sent = [message for message in self._sent if not message.done.is_set()]
+        self._sent = [message for message in self._sent if not message.has_left()]
         return self._sent
 
     def _axis(self, source: int, target: int, other: int | None = None) -> tuple[Axis, int]:
