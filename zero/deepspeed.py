@@ -200,7 +200,7 @@ def _precision(leaves: dict[str, Any], reading: DeepSpeedReading) -> None:
 
 
 def _batch(leaves: dict[str, Any], ranks: int, reading: DeepSpeedReading) -> None:
-    """The batch of a step is the microbatch of a rank x gradient_accumulation_steps x data ranks; two give the third."""
+    """The batch of a step is a rank's microbatch x gradient_accumulation_steps x data ranks; two give the third."""
     given: dict[str, int] = {}
     for key in _BATCH:
         if key not in leaves:
