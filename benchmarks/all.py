@@ -35,6 +35,7 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "train_single_tuned": ["train_single.py", *short, "--allocator", "tuned"],
         "train_tp": ["train_tp.py", *short],
         "train_dp": ["train_dp.py", *short],
+        "train_zero": ["train_zero.py", *short],
     }
 
 

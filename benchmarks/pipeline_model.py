@@ -80,9 +80,7 @@ class PlainPipeline:
         self.tokens_BS = workload.documents()
         self.labels_BS = workload.targets(self.tokens_BS)
         layers = spec["layers"]
-        whole = load_plain(
-            workload.config(layers), Path(spec["weights"]), self.tokens_BS.shape[1], self.dtype
-        ).train()
+        whole = load_plain(workload.config(layers), Path(spec["weights"]), self.tokens_BS.shape[1], self.dtype).train()
         self.config = options(spec["pipeline"])
         self.cuts = cuts(self.config, layers, rank)
         self.stages = {cut.stage: Stage(whole, cut) for cut in self.cuts}
