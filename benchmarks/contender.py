@@ -212,7 +212,7 @@ class DeepSpeed:
     def __init__(self, spec: Spec, rank: int) -> None:
         import torch
 
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
         import deepspeed
 
         tokens_BS, _ = _own_documents(spec["world"], rank)

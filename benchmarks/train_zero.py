@@ -4,9 +4,9 @@
 
 All train the same 32M-parameter Llama on 2 gloo ranks of 1,024 tokens each, from the same weights, with AdamW and
 clipping. The peers have plain_llama.py: FSDP2 (``fully_shard`` a block) with ``reshard_after_forward`` as stage 3 and
-without as stage 2, and DeepSpeed at stages 1, 2 and 3 where it can be imported (``pip install 'lockstep[deepspeed]'``).
-In bf16 all compute in bf16 from fp32 master weights: FSDP2 by its MixedPrecisionPolicy with fp32 reduction, DeepSpeed by
-``bf16.enabled``. Where there are several settings of AdamW, the fastest peer counts.
+without as stage 2, and DeepSpeed at stages 1, 2 and 3 where it can be imported (``lockstep[deepspeed]``).
+In bf16 all compute in bf16 from fp32 master weights: FSDP2 by its MixedPrecisionPolicy with fp32 reduction, DeepSpeed
+by ``bf16.enabled``. Where there are several settings of AdamW, the fastest peer counts.
 
 By default ours sets glibc's allocator as ``python -m launch train`` does, and the peers are what users run; with
 ``--allocator tuned`` all contenders have that setting.
