@@ -128,7 +128,7 @@ def differences() -> dict[str, tuple[float, float, float]]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_twenty_steps_end_where_the_peers_end(ranks: Any, world: int) -> None:
-    for found in ranks.run(differences, world=world):
+    for found in ranks.run(differences, world=world, timeout=300):
         assert len(found) == 9
         for peer, (loss, weight, moved) in found.items():
             assert moved > 1e-3, peer
