@@ -38,6 +38,7 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "pipeline": ["pipeline.py", *short],
         "plan": ["plan.py", "--steps", str(max(2, steps)), "--warmup", str(warmup)],
         "zero_bubble": ["zero_bubble.py", *short],
+        "train_zero": ["train_zero.py", *short],
     }
 
 

@@ -39,7 +39,7 @@ class Contender(Protocol):
 class Ours:
     """Trainer, as a user has it. Without ``reduce`` the collectives are left out, and the values are wrong.
 
-    With a ``pipeline``, which is the name of a schedule, every document is a microbatch.
+    ``stage`` is of ZeRO. With a ``pipeline``, which is the name of a schedule, every document is a microbatch.
     """
 
     def __init__(self, spec: Spec, rank: int) -> None:
@@ -50,7 +50,7 @@ class Ours:
         from parallel.models.build import Build
         from parallel.models.decoder import build_model
         from zero import Trainer, ZeroOptimizer
-        from zero.optimizer import OptimizerConfig
+        from zero.optimizer import OptimizerConfig, ZeroConfig
 
         layout = Layout(**spec["layout"])
         if not spec["reduce"]:
@@ -63,7 +63,8 @@ class Ours:
         model = build_model(workload.config(spec["layers"]), build, seed=workload.WEIGHT_SEED)
         self.parameters = list(model.parameters())
         settings = OptimizerConfig(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0)
-        self.trainer = Trainer(model, ZeroOptimizer(model, mesh, settings), mesh, steps=1 << 20, pipeline=pipeline)
+        optimizer = ZeroOptimizer(model, mesh, settings, zero=ZeroConfig(stage=spec.get("stage", 0)))
+        self.trainer = Trainer(model, optimizer, mesh, steps=1 << 20, pipeline=pipeline)
         own, first = _own_documents(layout.dp, mesh.dp.rank)
         self.batches = pipeline_model.microbatches() if pipeline else [workload.batch(own, first)]
 
@@ -188,6 +189,59 @@ def ddp_loop(spec: Spec, rank: int) -> Loop:
     return Loop(list(inner.parameters()), loss, spec["precision"], spec["adamw"], around)
 
 
+def fsdp_loop(spec: Spec, rank: int) -> Loop:
+    """The plain Llama under FSDP2, a group a block: stage 3 frees the weights after forward, stage 2 keeps them."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    tokens_BS, _ = _own_documents(spec["world"], rank)
+    model = _plain(spec | {"precision": "fp32"}, tokens_BS)
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mp_policy": mixed} if spec["precision"] == "bf16" else {}
+    options |= {"mesh": init_device_mesh("cpu", (spec["world"],)), "reshard_after_forward": spec["stage"] == 3}
+    for block in model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return Loop(list(model.parameters()), _plain_loss(model, tokens_BS), spec["precision"], spec["adamw"])
+
+
+class DeepSpeed:
+    """The plain Llama under DeepSpeed's engine at a ``stage``, with torch's AdamW."""
+
+    def __init__(self, spec: Spec, rank: int) -> None:
+        import torch
+
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+        import deepspeed
+
+        tokens_BS, _ = _own_documents(spec["world"], rank)
+        model = _plain(spec, tokens_BS)
+        self.parameters = list(model.parameters())
+        options = {"fused": True} if spec["adamw"] == "fused" else {}
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(self.parameters, lr=3e-4, **options),
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": len(tokens_BS),
+                "gradient_clipping": 1.0,
+                "bf16": {"enabled": spec["precision"] == "bf16"},
+                "zero_optimization": {"stage": spec["stage"]},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 1 << 30,
+            },
+        )
+        self.loss = _plain_loss(self.engine, tokens_BS)
+
+    def step(self) -> float:
+        """One step as in DeepSpeed's documentation."""
+        loss = self.loss()
+        self.engine.backward(loss)
+        self.engine.step()
+        return float(loss.detach())
+
+
 def torch_pipeline(spec: Spec, rank: int) -> Contender:
     """Stages of the plain Llama under torch.distributed.pipelining."""
     import pipeline_model
@@ -208,6 +262,8 @@ KINDS: dict[str, Callable[[Spec, int], Contender]] = {
     "plain": plain_loop,
     "dtensor": dtensor_loop,
     "ddp": ddp_loop,
+    "fsdp": fsdp_loop,
+    "deepspeed": DeepSpeed,
     "torch_pipeline": torch_pipeline,
     "our_executor": our_executor,
 }

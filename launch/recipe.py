@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,12 +22,22 @@ from parallel.models.families import FAMILIES
 from parallel.pp import PipelineConfig
 from parallel.pp.draw import path_problems
 from zero.data import DataConfig, Prepared
+from zero.deepspeed import DeepSpeedReading, read_deepspeed, translate
 from zero.loader import Loader
 from zero.optimizer import OptimizerConfig, ZeroConfig
 from zero.schedule import ScheduleConfig
 from zero.trainer import TrainerConfig
 
-__all__ = ["PRECISIONS", "BatchConfig", "Recipe", "layout_refusals", "load_recipe", "recipes"]
+__all__ = [
+    "PRECISIONS",
+    "BatchConfig",
+    "Recipe",
+    "ZeroOptions",
+    "deepspeed_reading",
+    "layout_refusals",
+    "load_recipe",
+    "recipes",
+]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -41,6 +52,22 @@ class BatchConfig:
     sequence: int = option(256, "tokens of a sequence")
     sequences: int = option(8, "sequences a step, over all ranks")
     microbatches: int = option(0, "parts of a step that are worked on one after the other (0: as the pipeline needs)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroOptions(ZeroConfig):
+    """How training state is cut over the data axis, and whose configuration says so."""
+
+    deepspeed: str = option("", "DeepSpeed's JSON configuration, laid over the recipe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """What of a recipe decides how DeepSpeed's configuration is read."""
+
+    steps: int
+    layout: Layout
+    zero: ZeroOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +91,7 @@ class Recipe:
     batch: BatchConfig = option(BatchConfig(), "the step")
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
     schedule: ScheduleConfig = option(ScheduleConfig(), "the learning rate")
-    zero: ZeroConfig = option(ZeroConfig(), "cutting of training state")
+    zero: ZeroOptions = option(ZeroOptions(), "cutting of training state")
     trainer: TrainerConfig = option(TrainerConfig(), "the loop")
 
     def problems(self) -> Iterator[str]:
@@ -172,5 +199,29 @@ def load_recipe(name: str, overrides: Mapping[str, Any], extra: Iterable[str] = 
     if name not in recipes() and path.suffix != ".toml":
         known = ", ".join(recipes())
         raise ConfigError([*extra, f"no recipe {name!r}{nearest(name, recipes())}; a TOML file, or one of: {known}"])
-    table = read_toml(path)
-    return resolve(Recipe(out=f"runs/{path.stem}"), table, overrides, extra=extra)
+    table, base = read_toml(path), Recipe(out=f"runs/{path.stem}")
+    frame = _frame(base, table, overrides)
+    if frame is None or not frame.zero.deepspeed:
+        return resolve(base, table, overrides, extra=extra)
+    reading = deepspeed_reading(frame)
+    return resolve(base, table, reading.table, overrides, extra=[*extra, *reading.problems])
+
+
+def _frame(base: Recipe, *tables: Mapping[str, Any]) -> _Frame | None:
+    """Steps, layout and ZeRO of a recipe; None where they are wrong, which the recipe will say."""
+    names = [field.name for field in dataclasses.fields(_Frame)]
+    parts = [{name: table[name] for name in names if name in table} for table in tables]
+    with contextlib.suppress(ConfigError):
+        return resolve(_Frame(steps=base.steps, layout=base.layout, zero=base.zero), *parts)
+    return None
+
+
+def deepspeed_reading(recipe: Recipe | _Frame) -> DeepSpeedReading:
+    """What the configuration of DeepSpeed that ``recipe`` names says.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    layout, path = recipe.layout, Path(recipe.zero.deepspeed)
+    reading = translate(read_deepspeed(path), ranks=layout.dp * layout.cp, steps=recipe.steps)
+    return dataclasses.replace(reading, problems=[f"{path}: {problem}" for problem in reading.problems])

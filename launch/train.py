@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.cli import help_text, positionals
 from launch.ranks import check_world, first_alone, on_ranks, stop_signals
-from launch.recipe import Recipe, load_recipe, recipes
+from launch.recipe import Recipe, deepspeed_reading, load_recipe, recipes
 from parallel.config import options, parse_flags, to_table, to_toml
 from parallel.errors import ModelFolderError, refuse
 from parallel.hf import check_folder, load_model
@@ -113,6 +113,9 @@ def _begin(recipe: Recipe, folder: RunFolder) -> None:
     tokenizer = load_tokenizer(prepared.folder)
     (folder.path / "tokenizer").mkdir(exist_ok=True)
     write_tokenizer(tokenizer, folder.path / "tokenizer", end=prepared.end_of_text)
+    if recipe.zero.deepspeed:
+        print(f"{recipe.zero.deepspeed}, where no option beside it says otherwise:", flush=True)
+        print(*(f"  {line}" for line in deepspeed_reading(recipe).lines()), sep="\n", end="\n\n", flush=True)
     print(to_toml(whole), flush=True)
 
 
