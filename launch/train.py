@@ -46,7 +46,10 @@ FREE = (
     "optimizer.bucket_mb",
     "trainer.validate_every",
     "trainer.save_every",
+    "trainer.save_async",
     "trainer.keep",
+    "trainer.fall_back",
+    "trainer.fault",
 )
 """Options that may change when a run is continued."""
 
@@ -145,10 +148,13 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
             traced=(lambda timeline, table: _draw(Path(recipe.trace), timeline, table)) if recipe.trace else None,
             bytes_per_token=prepared.bytes_per_token("validation"),
             folder=folder,
+            about=to_table(recipe),
             report=_reporter(recipe.steps),
             stop=stop,
         )
         if trainer.resume() and first:
+            for problem in trainer.passed_over:
+                print(f"NOT CONTINUED FROM: {problem}", file=sys.stderr, flush=True)
             print(f"continuing {recipe.out} after step {trainer.done}", flush=True)
         finished = trainer.run()
     if first:
@@ -217,6 +223,8 @@ def _reporter(steps: int) -> Callable[[Metrics], None]:
 
     def report(m: Metrics) -> None:
         nonlocal printed
+        if m.save_failed:
+            print(f"SAVE FAILED: {m.save_failed}", file=sys.stderr, flush=True)
         due = m.step % every == 0 or m.step == steps or m.validation_loss is not None
         if not due and time.monotonic() - printed < 10:
             return

@@ -8,6 +8,7 @@
     │   ├── DataError           a corpus, a tokenizer, a token id
     │   ├── CheckpointError     a checkpoint that cannot be read or does not fit
     │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
+    ├── SaveError               a checkpoint that could not be written; the one before it stands
     ├── ShardError              a tensor that does not fit its entry in the shard table
     └── RankError               a rank that raised, died or stopped answering
         └── PipelineError       the same inside a pipeline step; it names the action
@@ -31,6 +32,7 @@ __all__ = [
     "RankError",
     "Refusal",
     "RunFolderError",
+    "SaveError",
     "ScheduleError",
     "ShardError",
     "nearest",
@@ -72,6 +74,10 @@ class CheckpointError(Refusal):
 
 class RunFolderError(Refusal):
     """A run folder that another run holds, or that was written by another recipe."""
+
+
+class SaveError(LockstepError):
+    """A checkpoint that could not be written, on some rank; the latest one is the one that it was."""
 
 
 class ShardError(LockstepError):

@@ -36,6 +36,7 @@ class Metrics:
         peak_memory: of this process (CUDA: of its device), bytes.
         validation_loss: nats a token, where it was measured.
         bits_per_byte: of the validation text.
+        save_failed: why a checkpoint could not be written since the step before; the one before it stands.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Metrics:
     peak_memory: int
     validation_loss: float | None = None
     bits_per_byte: float | None = None
+    save_failed: str | None = None
 
 
 class MetricsLog:
@@ -65,18 +67,30 @@ class MetricsLog:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, metrics: Metrics) -> None:
-        """Append one step; it is in the file when this returns. A number that is not finite becomes null."""
+        """Append one step; it is in the file when this returns. A number that is not finite becomes null.
+
+        What the disk does not take is kept, and written with the next step.
+        """
         values = {name: value for name, value in asdict(metrics).items() if value is not None}
         finite = {n: v if not isinstance(v, float) or math.isfinite(v) else None for n, v in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        self._flush()
 
     def close(self) -> None:
         """Close the file."""
+        self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError:
+            return
 
 
 def training_flops(config: DecoderConfig, batches: Iterable[Batch]) -> float:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel import comm
 from parallel.config import option
+from parallel.errors import SaveError
 from parallel.mesh import Mesh
 from parallel.models.batch import IGNORE, Batch
 from parallel.models.decoder import Decoder
 from parallel.models.pipelined import PipelinedModel
 from parallel.pp import PipelineConfig, Schedule, Timeline
 from zero import checkpoint
+from zero.faults import Injector, fault_problems
 from zero.metrics import Metrics, MetricsLog, measured_peak, peak_memory, training_flops
 from zero.optimizer import ZeroOptimizer
 from zero.run import RunFolder
@@ -34,7 +37,10 @@ class TrainerConfig:
     z_loss: float = option(0.0, "weight of the squared log-sum-exp in the loss")
     validate_every: int = option(0, "steps between validations (0: only at the end)")
     save_every: int = option(0, "steps between checkpoints (0: only at the end)")
+    save_async: bool = option(False, "write checkpoints behind the training, from a copy in memory")
     keep: int = option(2, "checkpoints that stay")
+    fall_back: bool = option(False, "continue from the newest checkpoint that is whole if the latest is damaged")
+    fault: str = option("", "for tests of what a run survives: kind@rank,step,point; see docs/checkpoints.md")
 
     def problems(self) -> Iterator[str]:
         """Why such a run cannot be."""
@@ -47,6 +53,7 @@ class TrainerConfig:
             yield f"label_smoothing = {self.label_smoothing}: must be at least 0 and below 1"
         if self.z_loss < 0:
             yield f"z_loss = {self.z_loss}: must not be negative"
+        yield from fault_problems(self.fault)
 
 
 class Trainer:
@@ -66,6 +73,7 @@ class Trainer:
         traced: called on rank 0 with the measured timeline of the run's third step (or its last, if sooner), and the
             schedule.
         folder: where checkpoints and metrics go; None writes nothing.
+        about: the effective configuration, as nested values, for the checkpoints.
         report: called on rank 0 after every step.
         stop: asked on every rank before every step; when any rank says yes, all save and return.
     """
@@ -85,6 +93,7 @@ class Trainer:
         pipeline: PipelineConfig | None = None,
         traced: Callable[[Timeline, Schedule], None] | None = None,
         folder: RunFolder | None = None,
+        about: Mapping[str, Any] | None = None,
         report: Callable[[Metrics], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -95,6 +104,13 @@ class Trainer:
         self.folder, self.report, self.stop, self.traced = folder, report, stop, traced
         self.done = 0
         self.tokens = 0
+        self.passed_over: tuple[str, ...] = ()
+        self.faults = Injector(self.config.fault, mesh.rank)
+        self._save_failed = ""
+        self._saver: checkpoint.Saver | None = None
+        if folder:
+            kept = {"keep": self.config.keep, "about": about, "faults": self.faults}
+            self._saver = checkpoint.Saver(folder.checkpoints, mesh, optimizer, **kept)
         self._peak = 0.0
         self._stages = PipelinedModel(model, mesh, PipelineConfig() if pipeline is None else pipeline)
         self._loss_options = {"label_smoothing": self.config.label_smoothing, "z_loss": self.config.z_loss}
@@ -106,8 +122,12 @@ class Trainer:
             trace: measure every action, for :meth:`timeline`.
         """
         started = time.perf_counter()
+        self.faults.begin(self.done + 1)
+        self.faults.at("step.forward")
         mean, count = self.accumulate(batches, trace=trace)
+        self.faults.at("step.backward")
         norm, lr = self.update()
+        self.faults.at("step.update")
         self.tokens += count
         seconds = time.perf_counter() - started
         return Metrics(
@@ -180,42 +200,72 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the latest checkpoint of the folder, if there is one; whether there was.
 
+        What was wrong with the latest where an older one had to do (``fall_back``) is in ``passed_over``.
+
         Raises:
             CheckpointError: it is damaged, or of another model.
         """
-        found = checkpoint.latest(self.folder.checkpoints) if self.folder else None
+        if self.folder is None:
+            return False
+        fall_back = self.config.fall_back
+        found = checkpoint.resume(self.folder.checkpoints, self.mesh, self.optimizer, fall_back=fall_back)
         if found is None:
             return False
-        loaded = checkpoint.load(found, self.mesh, self.optimizer)
-        self.done, self.tokens = loaded.step, loaded.tokens
+        self.done, self.tokens = found.checkpoint.step, found.checkpoint.tokens
+        self.passed_over = found.passed_over
         return True
 
-    def save(self) -> None:
-        """Write a checkpoint."""
-        if self.folder:
-            checkpoint.save(
-                self.folder.checkpoints,
-                self.mesh,
-                self.optimizer,
-                step=self.done,
-                tokens=self.tokens,
-                keep=self.config.keep,
-            )
+    def save(self, *, background: bool = False) -> None:
+        """Write a checkpoint.
+
+        Args:
+            background: return when a copy of the state is in memory.
+
+        Raises:
+            SaveError: some rank could not; the latest checkpoint is the one that it was.
+        """
+        if self._saver:
+            self._saver.save(step=self.done, tokens=self.tokens, background=background)
+
+    def _attempt(self, save: Callable[[], None]) -> None:
+        """Go on training whatever becomes of a save; the next line of the metrics says so."""
+        try:
+            save()
+        except SaveError as error:
+            self._save_failed = str(error)
+
+    def _with_save(self, metrics: Metrics) -> Metrics:
+        """Let a save in the background go on; with what became of saves since the last step."""
+        if self._saver:
+            self._attempt(self._saver.poll)
+        failed, self._save_failed = self._save_failed, ""
+        return replace(metrics, save_failed=failed) if failed else metrics
+
+    def _finish_saving(self, begun_at: int) -> None:
+        """Make sure that the last step is saved, which is the one thing that may not fail."""
+        if self._saver:
+            self._attempt(self._saver.close)
+            if self.done not in (begun_at, self._saver.durable):
+                self.save()
 
     def run(self) -> bool:
-        """Train from where the run stands to its end; False if it was asked to stop before."""
+        """Train from where the run stands to its end; False if it was asked to stop before.
+
+        Raises:
+            SaveError: the last step could not be saved; a checkpoint that fails on the way is a metric, no more.
+        """
         assert self.data is not None, "run() needs data"
         first = self.mesh.rank == 0
         trace_at = min(self.done + 2, self.steps - 1) if self.traced else -1
         log = MetricsLog(self.folder.metrics, self.done) if first and self.folder else None
         self._peak = measured_peak(next(self.model.parameters()).dtype, self.mesh.device)
-        saved = self.done
+        begun_at = self.done
         try:
             while self.done < self.steps:
                 if self._stop_everywhere():
                     break
                 batches, trace = self.data(self.done), self.done == trace_at
-                metrics = self._validated(self.step(batches, trace=trace))
+                metrics = self._with_save(self._validated(self.step(batches, trace=trace)))
                 if trace and self.traced:
                     timeline = self.timeline()
                     if first:
@@ -225,10 +275,8 @@ class Trainer:
                 if first and self.report:
                     self.report(metrics)
                 if self.config.save_every and self.done % self.config.save_every == 0:
-                    self.save()
-                    saved = self.done
-            if saved != self.done:
-                self.save()
+                    self._attempt(lambda: self.save(background=self.config.save_async))
+            self._finish_saving(begun_at)
         finally:
             if log:
                 log.close()
