@@ -280,9 +280,9 @@ def state(trainer: Trainer, what: str = "") -> dict[str, Tensor]:
     """Whole master weights and optimizer state of this rank's parameters, by ``name|what``."""
     shards = trainer.optimizer.buckets.shards
     return {
-        f"{name}|{kind}": gather_whole(view, shards[name], trainer.mesh).clone()
-        for name, kind, view in trainer.optimizer.state()
-        if what in ("", kind)
+        f"{name}|{kind}": gather_whole(piece, shards[name], trainer.mesh).clone()
+        for kind in ([what] if what else ["master", "exp_avg", "exp_avg_sq"])
+        for name, piece in trainer.optimizer.pieces(kind)
     }
 
 
@@ -297,7 +297,8 @@ def trained(
     for step in range(3):
         loss, _ = trainer.accumulate(trainer.data(step))
         if step == 0:
-            gradients = {name: view.clone() for name, view in trainer.optimizer.reduce()}
+            trainer.optimizer.reduce()
+            gradients = {name: view.clone() for name, view in trainer.optimizer.pieces("gradient")}
         curve.append((loss, trainer.update()[0]))
     return curve, gradients, state(trainer, "master")
 
@@ -319,7 +320,8 @@ def check_training(cases: list[tuple[str, str, str]], depth: int, count: int, **
             late = len(buckets.buckets) if schedule.endswith(".txt") else late
             assert early >= len(buckets.buckets) - late, f"{what}: {early} of {len(buckets.buckets)} on their way"
             if step == 0:
-                for name, view in trainer.optimizer.reduce():
+                trainer.optimizer.reduce()
+                for name, view in trainer.optimizer.pieces("gradient"):
                     close(gather_whole(view, shards[name], mesh), gradients[name], f"{what}: gradient of {name}")
             norm, _ = trainer.update()
             assert (loss, norm) == pytest.approx(curve[step], rel=1e-11), what

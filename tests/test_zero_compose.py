@@ -113,10 +113,16 @@ def held_after_an_error() -> tuple[int, bool, bool]:
     torch.manual_seed(3)
     model = Odd().double()
     optimizer = ZeroOptimizer(model, mesh, zero=ZeroConfig(stage=3))
-    model.broken = True
+
+    def fail(module: nn.Module, arguments: Any) -> None:
+        raise ValueError("inside a unit")
+
+    handle = model.twice.register_forward_pre_hook(fail)
     optimizer.begin()
     with pytest.raises(ValueError):
         model(data(0, mesh.data.rank, 2))
+    handle.remove()
+    assert model.twice.weight.untyped_storage().nbytes() > 8 * 7
     optimizer.begin()
     whole = sum(b.length for b in optimizer.buckets.buckets if b.unit and b.values.untyped_storage().nbytes())
     released = model.first.weight + 0

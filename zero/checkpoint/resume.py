@@ -11,7 +11,6 @@ from parallel.errors import CheckpointError
 from parallel.mesh import Mesh
 from zero.checkpoint.publish import latest
 from zero.checkpoint.reader import Checkpoint
-from zero.fragment import fragments
 from zero.optimizer import ZeroOptimizer
 
 __all__ = ["Resumed", "load", "newest_whole", "resume"]
@@ -108,7 +107,7 @@ def _mismatches(checkpoint: Checkpoint, optimizer: ZeroOptimizer) -> Iterator[st
     for name in sorted((ours.keys() | theirs.keys()) - (elsewhere & theirs.keys())):
         if ours.get(name) != theirs.get(name):
             yield f"{checkpoint.folder}: {name} is {theirs.get(name, 'absent')}, the model has {ours.get(name, 'none')}"
-    for fragment in fragments(optimizer.state()):
+    for fragment in optimizer.state():
         name = fragment.parameter
         fits = ours[name] == theirs.get(name)
         if fits and (problem := checkpoint.covers(fragment, buckets.shards[name], optimizer.mesh.place)):
@@ -118,7 +117,7 @@ def _mismatches(checkpoint: Checkpoint, optimizer: ZeroOptimizer) -> Iterator[st
 
 
 def _fill(checkpoint: Checkpoint, mesh: Mesh, optimizer: ZeroOptimizer) -> Iterator[str]:
-    for fragment in fragments(optimizer.state()):
+    for fragment in optimizer.state():
         checkpoint.fill(fragment, optimizer.buckets.shards[fragment.parameter], mesh.place)
     yield from ()
 

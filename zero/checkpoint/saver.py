@@ -22,7 +22,7 @@ from zero.checkpoint.manifest import FileEntry, Manifest
 from zero.checkpoint.publish import Publication
 from zero.checkpoint.writer import write_fragments
 from zero.faults import Injector
-from zero.fragment import Fragment, fragments
+from zero.fragment import Fragment
 from zero.optimizer import ZeroOptimizer
 
 __all__ = ["Saver", "save"]
@@ -177,7 +177,7 @@ class Saver:
 
     def _held(self) -> list[Fragment]:
         """What this rank is to write: what it holds as the first of the ranks that hold the same."""
-        held = [fragment for fragment in fragments(self.optimizer.state()) if fragment.values.numel()]
+        held = [fragment for fragment in self.optimizer.state() if fragment.values.numel()]
         if self._own is None:
             keys = [[f.parameter, f.what, f.start, f.values.numel()] for f in held]
             before = comm.gather_json(keys, self.mesh.data)[: self.mesh.data.rank]
