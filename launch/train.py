@@ -225,7 +225,7 @@ def _reporter(steps: int) -> Callable[[Metrics], None]:
         nonlocal printed
         if m.save_failed:
             print(f"SAVE FAILED: {m.save_failed}", file=sys.stderr, flush=True)
-        due = m.step % every == 0 or m.step == steps or m.validation_loss is not None
+        due = m.step % every == 0 or m.step == steps or m.skipped or m.validation_loss is not None
         if not due and time.monotonic() - printed < 10:
             return
         printed = time.monotonic()
@@ -235,6 +235,6 @@ def _reporter(steps: int) -> Callable[[Metrics], None]:
         )
         if m.validation_loss is not None:
             line += f"  validation {m.validation_loss:.4f} ({m.bits_per_byte:.3f} bits/byte)"
-        print(line + ("  SKIPPED: gradients not finite" if m.skipped else ""), flush=True)
+        print(line + (f"  SKIPPED: gradients not finite ({m.not_finite})" if m.skipped else ""), flush=True)
 
     return report

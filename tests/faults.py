@@ -42,7 +42,6 @@ from parallel.mesh import Layout, Mesh
 from zero import checkpoint
 from zero.data import DataConfig, Prepared, prepare
 from zero.faults import POINTS
-from zero.fragment import fragments
 from zero.loader import Loader
 from zero.run import RunFolder
 from zero.trainer import TrainerConfig
@@ -373,9 +372,9 @@ def changed_after_saving(folder: Path) -> None:
     run.mkdir()
     trainer = trainer_on(Mesh.single(), dtype=torch.float32, folder=RunFolder(run))
     trainer.step(batches(0))
-    expected = {f.key: f.values.clone() for f in fragments(trainer.optimizer.state())}
+    expected = {f.key: f.values.clone() for f in trainer.optimizer.state()}
     trainer.save(background=True)
-    for fragment in fragments(trainer.optimizer.state()):
+    for fragment in trainer.optimizer.state():
         fragment.values.fill_(float("nan"))
     saver = trainer._saver
     assert saver is not None

@@ -35,41 +35,21 @@ from zero.checkpoint.runs import clip, shared_runs
 from zero.checkpoint.saver import Saver
 from zero.checkpoint.writer import DTYPES, write_fragments
 from zero.faults import KINDS, POINTS, Fault, InjectedFault, Injector
-from zero.fragment import Fragment, fragments
-from zero.optimizer import ZeroOptimizer
+from zero.fragment import Fragment
+from zero.optimizer import ZeroConfig, ZeroOptimizer
 from zero.run import RunFolder
 from zero.trainer import Trainer, TrainerConfig
 
 ODD = DecoderConfig(vocabulary=97, hidden=32, layers=2, heads=8, kv_heads=2, feed_forward=40, qk_norm=True, tied=True)
 
 
-class Divided(ZeroOptimizer):
-    """A data rank has a contiguous share of each state vector, as from ZeRO stage 1 on, wherever it cuts."""
-
-    def state(self) -> Iterator[Any]:
-        """Fragments of this rank's share."""
-        by_what: dict[str, list[Fragment]] = {}
-        for fragment in fragments(super().state()):
-            by_what.setdefault(fragment.what, []).append(fragment)
-        data = self.mesh.data
-        for held in by_what.values():
-            total = sum(fragment.values.numel() for fragment in held)
-            begin, end = (total * rank // data.size for rank in (data.rank, data.rank + 1))
-            at = 0
-            for fragment in held:
-                first, last = max(begin - at, 0), min(end - at, fragment.values.numel())
-                at += fragment.values.numel()
-                if first < last:
-                    yield fragment._replace(start=fragment.start + first, values=fragment.values[first:last])
-
-
-def optimizer_on(layout: dict[str, Any], divided: bool, config: DecoderConfig = ODD, seed: int = 3) -> ZeroOptimizer:
+def optimizer_on(layout: dict[str, Any], stage: int, config: DecoderConfig = ODD, seed: int = 3) -> ZeroOptimizer:
     mesh = Mesh.build(Layout(**layout)) if layout else Mesh.single()
     table, pipeline = PipelineConfig().table(mesh.pp.size, 2, config.layers), PipelineConfig()
     cuts = pipeline.cuts(config.layers, table.stages)
     held = tuple(cuts[stage] for stage in table.stages_of(mesh.pp.rank))
     model = build_model(config, Build(mesh=mesh, dtype=torch.float32, seed=5, cuts=held), seed=seed)
-    return (Divided if divided else ZeroOptimizer)(model, mesh, OPTIMIZER)
+    return ZeroOptimizer(model, mesh, OPTIMIZER, zero=ZeroConfig(stage=stage))
 
 
 def value_of(name: str, what: str, shape: tuple[int, ...]) -> Tensor:
@@ -80,28 +60,28 @@ def value_of(name: str, what: str, shape: tuple[int, ...]) -> Tensor:
 
 def each_with_its_value(optimizer: ZeroOptimizer) -> Iterator[tuple[Fragment, Tensor]]:
     """Each fragment of a rank with the values that belong there, cut from the whole by the shard table."""
-    for fragment in fragments(optimizer.state()):
+    for fragment in optimizer.state():
         shard = optimizer.buckets.shards[fragment.parameter]
         whole = value_of(fragment.parameter, fragment.what, shard.shape)
         local = shard.cut(whole, optimizer.mesh.place).reshape(-1)
         yield fragment, local[fragment.start : fragment.start + fragment.values.numel()]
 
 
-def save_known(folder: str, layout: dict[str, Any], divided: bool) -> int:
+def save_known(folder: str, layout: dict[str, Any], stage: int) -> int:
     """On the ranks: save a state in which every value names its place; bytes of all values of this rank's file."""
-    optimizer = optimizer_on(layout, divided)
+    optimizer = optimizer_on(layout, stage)
     optimizer.prepare()
     for fragment, expected in each_with_its_value(optimizer):
         fragment.values.copy_(expected)
     for state in optimizer.inner.state.values():
         state["step"].fill_(7)
     checkpoint.save(Path(folder), optimizer.mesh, optimizer, step=7, tokens=70, keep=1, about={"seed": 5})
-    return sum(f.values.numel() * 4 for f in fragments(optimizer.state()))
+    return sum(f.values.numel() * 4 for f in optimizer.state())
 
 
-def load_known(folder: str, layout: dict[str, Any], divided: bool) -> list[int]:
+def load_known(folder: str, layout: dict[str, Any], stage: int) -> list[int]:
     """On the ranks: load it, find every value where it belongs, and say how many bytes were read and were needed."""
-    optimizer = optimizer_on(layout, divided, seed=4)
+    optimizer = optimizer_on(layout, stage, seed=4)
     found = checkpoint.latest(Path(folder))
     assert found is not None
     loaded = checkpoint.load(found, optimizer.mesh, optimizer)
@@ -113,28 +93,29 @@ def load_known(folder: str, layout: dict[str, Any], divided: bool) -> list[int]:
         mask = shard.cut(torch.ones(shard.shape), optimizer.mesh.place).reshape(-1)
         needed += 4 * int(mask[fragment.start : fragment.start + fragment.values.numel()].sum())
     assert set(optimizer.scalars().values()) == {7.0}
-    for bucket in optimizer.buckets.buckets:
-        assert torch.equal(bucket.values, bucket.master)
+    with optimizer.whole():
+        for bucket in optimizer.buckets.buckets:
+            assert torch.equal(bucket.values[bucket.own], bucket.master)
     return [loaded.bytes_read, needed]
 
 
-PLACES: list[tuple[dict[str, Any], bool]] = [
-    ({}, False),
-    ({"dp": 2}, True),
-    ({"tp": 2, "dp": 2}, True),
-    ({"tp": 4}, False),
-    ({"dp": 4}, True),
-    ({"pp": 2, "dp": 2}, True),
-    ({"pp": 2, "tp": 2}, False),
+PLACES: list[tuple[dict[str, Any], int]] = [
+    ({}, 0),
+    ({"dp": 2}, 1),
+    ({"tp": 2, "dp": 2}, 2),
+    ({"tp": 4}, 0),
+    ({"dp": 4}, 3),
+    ({"pp": 2, "dp": 2}, 3),
+    ({"pp": 2, "tp": 2}, 0),
 ]
 
 
-def on(ranks: Ranks, function: Callable[..., Any], folder: Path, place: tuple[dict[str, Any], bool]) -> list[Any]:
-    layout, divided = place
+def on(ranks: Ranks, function: Callable[..., Any], folder: Path, place: tuple[dict[str, Any], int]) -> list[Any]:
+    layout, stage = place
     world = Layout(**layout).world
     if world == 1:
-        return [function(folder=str(folder), layout=layout, divided=divided)]
-    return ranks.run(function, world=world, folder=str(folder), layout=layout, divided=divided)
+        return [function(folder=str(folder), layout=layout, stage=stage)]
+    return ranks.run(function, world=world, folder=str(folder), layout=layout, stage=stage)
 
 
 @pytest.mark.parametrize("before", range(len(PLACES)))
@@ -144,10 +125,10 @@ def test_any_place_reads_any_other_bit_for_bit_and_no_byte_too_many(ranks: Ranks
     saved = checkpoint.Checkpoint.open(tmp_path / "step-00000007")
     whole = sum(int(np.prod(shard.shape)) for shard in saved.shards.values())
     held = [f for entry in saved.files for f in entry.fragments]
-    layout, divided = Layout(**PLACES[before][0]), PLACES[before][1]
+    layout, stage = Layout(**PLACES[before][0]), PLACES[before][1]
     if layout.tp == 1:
         assert sum(length for *_, length in held) == 3 * whole, "every value once"
-    assert len(saved.files) == (layout.world if divided else layout.world // layout.dp)
+    assert len(saved.files) == (layout.world if stage else layout.world // layout.dp)
     for (name, shard), what in itertools.product(saved.shards.items(), ("master", "exp_avg", "exp_avg_sq")):
         assert torch.equal(saved.whole(name, what), value_of(name, what, shard.shape)), (name, what)
     for after in (PLACES * 2)[before + 1 : before + 4]:
@@ -168,13 +149,13 @@ def there_and_back(folder: str, one: dict[str, Any], other: dict[str, Any]) -> N
     assert found is not None
     checkpoint.load(found, there.mesh, there.optimizer)
     checkpoint.save(Path(folder) / "b", there.mesh, there.optimizer, **keep)
-    before = {f.key: f.values.clone() for f in fragments(trainer.optimizer.state())}
+    before = {f.key: f.values.clone() for f in trainer.optimizer.state()}
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.step(batches(2, mesh.data.rank, mesh.data.size))
     found = checkpoint.latest(Path(folder) / "b")
     assert found is not None
     checkpoint.load(found, mesh, trainer.optimizer)
-    for fragment in fragments(trainer.optimizer.state()):
+    for fragment in trainer.optimizer.state():
         assert torch.equal(fragment.values, before[fragment.key]), fragment.key
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
@@ -353,10 +334,10 @@ def test_a_manifest_that_lies_is_refused_and_nothing_changes(tmp_path: Path, lie
     folder = tmp_path / "checkpoints" / "step-00000001"
     rewritten(folder, LIES[lie])
     other = trainer_on(Mesh.single(), dtype=torch.float32)
-    before = {f.key: f.values.clone() for f in fragments(other.optimizer.state())}
+    before = {f.key: f.values.clone() for f in other.optimizer.state()}
     with pytest.raises(CheckpointError, match="step-00000001"):
         checkpoint.load(folder, other.mesh, other.optimizer)
-    assert all(torch.equal(before[f.key], f.values) for f in fragments(other.optimizer.state()))
+    assert all(torch.equal(before[f.key], f.values) for f in other.optimizer.state())
 
 
 def test_every_flipped_byte_of_a_manifest_is_seen(tmp_path: Path) -> None:
@@ -423,11 +404,11 @@ class Gate(Injector):
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
     trainer, gate = trained(tmp_path / "run"), Gate("save.write")
     saver = Saver(tmp_path / "c", trainer.mesh, trainer.optimizer, keep=1, faults=gate)
-    expected = {f.key: f.values.clone() for f in fragments(trainer.optimizer.state())}
+    expected = {f.key: f.values.clone() for f in trainer.optimizer.state()}
     saver.save(step=1, tokens=0, background=True)
     assert gate.reached.wait(20)
     trainer.step(batches(9))
-    for fragment in fragments(trainer.optimizer.state()):
+    for fragment in trainer.optimizer.state():
         fragment.values.fill_(7)
     assert checkpoint.latest(tmp_path / "c") is None
     saver.poll()

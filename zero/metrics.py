@@ -30,6 +30,7 @@ class Metrics:
         lr: learning rate.
         tokens: labels learned from so far.
         skipped: whether the update was left out because the gradients were not finite.
+        not_finite: where they were not, before they were summed: ranks and parameters.
         seconds: of this step, without validation and saving.
         tokens_per_second: of all ranks together.
         mfu: model FLOPs a second over the measured peak of all ranks.
@@ -52,6 +53,7 @@ class Metrics:
     validation_loss: float | None = None
     bits_per_byte: float | None = None
     save_failed: str | None = None
+    not_finite: str | None = None
 
 
 class MetricsLog:

@@ -127,6 +127,7 @@ class Trainer:
         mean, count = self.accumulate(batches, trace=trace)
         self.faults.at("step.backward")
         norm, lr = self.update()
+        bad = None if math.isfinite(norm) else "; ".join(self.optimizer.culprits())
         self.faults.at("step.update")
         self.tokens += count
         seconds = time.perf_counter() - started
@@ -136,7 +137,8 @@ class Trainer:
             grad_norm=norm,
             lr=lr,
             tokens=self.tokens,
-            skipped=not math.isfinite(norm),
+            skipped=bad is not None,
+            not_finite=bad,
             seconds=seconds,
             tokens_per_second=count / seconds,
             mfu=self._utilization(batches, seconds),

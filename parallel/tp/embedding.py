@@ -101,7 +101,10 @@ class ParallelLMHead(_VocabParallel):
     def forward(
         self, x_TD: Tensor, tokens: int | None = None, *, labels_T: Tensor | None = None, **options: Any
     ) -> Any:
-        """(T, D) -> the logits of all tokens over the whole vocabulary (T, V) on every rank; with labels :meth:`loss`."""
+        """(T, D) -> the logits of all tokens over the whole vocabulary (T, V), on every rank.
+
+        With labels it is :meth:`loss`: called as a module, so that ZeRO 3 has the weight there.
+        """
         if labels_T is not None:
             return self.loss(x_TD, labels_T, **options)
         if self.sequence_parallel:
