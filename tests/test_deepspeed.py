@@ -76,6 +76,24 @@ def test_what_maps_is_mapped(tmp_path: Path) -> None:
     assert (s.kind, s.warmup, s.ramp, s.first, s.floor) == ("warmup-decay", 5, "linear", pytest.approx(0.05), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"offload_optimizer": {"device": "cpu"}}, {"offload": "optimizer"}),
+        ({"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}, {"offload": "parameters"}),
+        ({"zero_hpz_partition_size": 2}, {"secondary": 2}),
+        ({"zero_hpz_partition_size": 1}, {"secondary": 0}),
+        (
+            {"zero_quantized_weights": True, "zero_quantized_gradients": True},
+            {"quantize_weights": True, "gradient_bits": 4},
+        ),
+    ],
+)
+def test_zero_plus_plus_and_offload(tmp_path: Path, section: dict[str, Any], expected: dict[str, Any]) -> None:
+    found = recipe(tmp_path, {"zero_optimization": {"stage": 3} | section}, "--layout.dp", "4")
+    assert {name: getattr(found.zero, name) for name in expected} == expected
+
+
 def leaves(table: dict[str, Any], prefix: str = "") -> set[str]:
     """Dotted keys of everything that is no section."""
     found = set()
@@ -131,7 +149,7 @@ def test_all_that_is_not_honoured_is_refused_at_once(tmp_path: Path) -> None:
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 2,
         "zero_optimisation": {"stage": 2},
-        "zero_optimization": {"stge": 2, "offload_param": {"device": "nvme"}, "zero_quantized_weights": True},
+        "zero_optimization": {"stge": 2, "offload_param": {"device": "nvme"}, "zero_quantized_weights": 3},
         "fp16": {"enabled": True, "loss_scale": 128},
         "communication_data_type": "bf16",
         "curriculum_learning": {"enabled": True, "curriculum_type": "seqlen"},
@@ -147,7 +165,7 @@ def test_all_that_is_not_honoured_is_refused_at_once(tmp_path: Path) -> None:
         "'zero_optimisation.stage' of DeepSpeed's configuration (did you mean 'zero_optimization'?)",
         "'zero_optimization.stge' of DeepSpeed's configuration (did you mean 'zero_optimization.stage'?)",
         'zero_optimization.offload_param.device = "nvme"',
-        "zero_optimization.zero_quantized_weights = true",
+        "zero_optimization.zero_quantized_weights = 3: must be true or false",
         "fp16.enabled = true",
         'communication_data_type = "bf16"',
         "curriculum_learning.enabled = true",

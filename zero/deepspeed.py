@@ -20,6 +20,7 @@ __all__ = ["DeepSpeedReading", "read_deepspeed", "translate"]
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _ADAM = {"adam": False, "adamw": True}
 _SCHEDULERS = {"WarmupLR": "warmup", "WarmupDecayLR": "warmup-decay", "WarmupCosineLR": "warmup-cosine"}
+_OFFLOAD = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
 _PARAMS = {
     "optimizer": ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam", "bias_correction", "amsgrad"),
     "scheduler": (
@@ -122,6 +123,7 @@ def translate(document: Mapping[str, Any], *, ranks: int, steps: int) -> DeepSpe
         del leaves[section]
     _precision(leaves, reading)
     _batch(leaves, ranks, reading)
+    _offload(leaves, reading)
     _optimizer(leaves, reading)
     _scheduler(leaves, steps, reading)
     for key, value in leaves.items():
@@ -146,6 +148,7 @@ def _without_auto(leaves: Mapping[str, Any], reading: DeepSpeedReading) -> Itera
 
 def _names() -> list[str]:
     params = [f"{group}.params.{name}" for group, names in _PARAMS.items() for name in names]
+    params += [f"zero_optimization.{name}{device}" for name in _OFFLOAD for device in ("", ".device")]
     enabled = [f"{section}.enabled" for section in ("bf16", *SWITCHED)]
     return [*KEYS, *HARMLESS, *SWITCHED, *_BATCH, "bf16", "optimizer.type", "scheduler.type", *params, *enabled]
 
@@ -230,6 +233,20 @@ def _batch(leaves: dict[str, Any], ranks: int, reading: DeepSpeedReading) -> Non
         reading.set(_BATCH[2] if _BATCH[2] in given else next(iter(given)), "batch.microbatches", parts)
     for key in given:
         reading.honoured.setdefault(key, ("batch.sequences", total))
+
+
+def _offload(leaves: dict[str, Any], reading: DeepSpeedReading) -> None:
+    """What is kept in CPU memory; parameters bring the state of the optimizer with them."""
+    for name, what in _OFFLOAD.items():
+        key = f"zero_optimization.{name}"
+        given = next((name for name in (f"{key}.device", key) if name in leaves), "")
+        device = leaves.pop(given, None)
+        if device == "cpu":
+            reading.set(given, "zero.offload", what)
+        elif device not in ("none", None):
+            reading.refuse(given, device, "the nearest is cpu; DeepSpeed's own engine has nvme")
+        elif given:
+            reading.honoured[given] = ("", device)
 
 
 def _group(name: str, leaves: dict[str, Any], reading: DeepSpeedReading) -> tuple[Any, dict[str, Any]]:

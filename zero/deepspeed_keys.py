@@ -37,6 +37,12 @@ def _mebibytes(elements: Any) -> float:
     return whole(elements) * 4 / (1 << 20)
 
 
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Takes:
     """The key is honoured by an option of ours."""
@@ -66,26 +72,19 @@ _SPEED = _Harmless("it changes speed or memory, no result")
 _SHOWN = _Harmless("it changes what is shown or written, no result")
 _SAVED = _Harmless("checkpoints here have a form of their own")
 _OFF = (False, None)
-_NO_OFFLOAD = "state stays in the memory of the device: leave it out, or train under DeepSpeed's own engine"
 
 _ZERO: dict[str, Rule] = (
     {
         "stage": Takes("zero.stage", whole),
         "reduce_bucket_size": Takes("optimizer.bucket_mb", _mebibytes),
         "mics_shard_size": Takes("zero.shard_size", lambda value: max(0, whole(value))),
-        "zero_hpz_partition_size": Only(
-            (1,), "a second partition inside a node is not there; the nearest is mics_shard_size"
-        ),
-        "zero_quantized_weights": Only(_OFF, "weights are gathered as they are"),
-        "zero_quantized_nontrainable_weights": Only(_OFF, "weights are gathered as they are"),
-        "zero_quantized_gradients": Only(_OFF, "gradients are summed in fp32"),
-        "zeropp_loco_param": Only((None,), "gradients are summed in fp32"),
-        "offload_optimizer.device": Only(("none", None), _NO_OFFLOAD),
-        "offload_param.device": Only(("none", None), _NO_OFFLOAD),
-        "offload_optimizer": Only((None,), _NO_OFFLOAD),
-        "offload_param": Only((None,), _NO_OFFLOAD),
-        "cpu_offload": Only(_OFF, _NO_OFFLOAD),
-        "cpu_offload_param": Only(_OFF, _NO_OFFLOAD),
+        "zero_hpz_partition_size": Takes("zero.secondary", lambda value: whole(value) if whole(value) > 1 else 0),
+        "zero_quantized_weights": Takes("zero.quantize_weights", _switch),
+        "zero_quantized_gradients": Takes("zero.gradient_bits", lambda value: 4 if _switch(value) else 0),
+        "zero_quantized_nontrainable_weights": Only(_OFF, "weights that are not trained stay as they are"),
+        "zeropp_loco_param": Only((None,), "quantized gradients are sent without error feedback"),
+        "cpu_offload": Only(_OFF, "the nearest is offload_optimizer"),
+        "cpu_offload_param": Only(_OFF, "the nearest is offload_param"),
         "zenflow": Only((None,), "every step updates every weight"),
         "ignore_unused_parameters": Only((True,), "a parameter without a gradient counts as one with gradient 0"),
         "compute_grad_norm": Only((True,), "the norm is what a step that is not finite is told by"),
