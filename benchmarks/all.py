@@ -35,6 +35,7 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "train_single_tuned": ["train_single.py", *short, "--allocator", "tuned"],
         "train_tp": ["train_tp.py", *short],
         "train_dp": ["train_dp.py", *short],
+        "schedules": ["schedules.py"],
         "pipeline": ["pipeline.py", *short],
         "plan": ["plan.py", "--steps", str(max(2, steps)), "--warmup", str(warmup)],
         "zero_bubble": ["zero_bubble.py", *short],
