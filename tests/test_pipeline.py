@@ -534,7 +534,8 @@ def check_put_off(schedules: list[str]) -> None:
             assert (changed[True], changed[False]) == expected.get(action.op, (0, 0)), f"{name}, {action}"
             if action.op == "I":
                 forms[key] = [weakref.ref(form) for _, form in step.kept[key]]
-                assert len(forms[key]) == 4 * len(stages.cuts[action.stage].layers)
+                cut = stages.cuts[action.stage]
+                assert len(forms[key]) == 4 * len(cut.layers) + cut.last
             if action.op == "W":
                 assert not any(form() for form in forms.pop(key)), f"{action} lets go of what was kept for it"
             assert step.kept.keys() == forms.keys()

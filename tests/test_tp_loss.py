@@ -12,6 +12,7 @@ from ranks import Ranks
 from test_tp_layers import CLOSE, columns_of, make, rows_of, tensor
 from torch import Tensor
 
+from parallel.deferral import Deferral, settle
 from parallel.errors import DataError
 from parallel.mesh import Layout, Mesh
 from parallel.shard import param_shards
@@ -28,7 +29,7 @@ def plain_loss(logits: Tensor, labels: Tensor, smoothing: float, z: float) -> Te
 def check_losses() -> None:
     mesh = Mesh.build(Layout(tp=dist.get_world_size()))
     axis, labels = mesh.tp, torch.tensor(LABELS)
-    shard = param_shards(make(lambda a: ParallelLMHead(97, 4, a), axis))["weight"]
+    shards = {n: param_shards(make(lambda a, n=n: ParallelLMHead(97, n, a), axis))["weight"] for n in (4, 16)}
     for smoothing, z in ((0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)):
         logits, scale = (30 * tensor(13, 97)).requires_grad_(), tensor(13, seed=3)
         loss = plain_loss(logits, labels, smoothing, z)
@@ -43,8 +44,9 @@ def check_losses() -> None:
         grad = torch.zeros_like(padded)
         grad[:, :97] = logits.grad
         torch.testing.assert_close(own.grad, columns_of(axis)(grad), **CLOSE)
-        for sequence, block in itertools.product((False, True), (1, 5, 512)):
-            x, w = tensor(13, 4).requires_grad_(), (3 * tensor(97, 4, seed=1)).requires_grad_()
+        for sequence, block, hidden in itertools.product((False, True), (1, 5, 512), shards):
+            shard = shards[hidden]
+            x, w = tensor(13, hidden).requires_grad_(), (3 * tensor(97, hidden, seed=1)).requires_grad_()
             loss = plain_loss(F.linear(x, w), labels, smoothing, z)
             (loss.sum() * 0.3 * 0.7).backward()
             own_x = (rows_of(axis)(x) if sequence else x).detach().clone().requires_grad_()
@@ -74,11 +76,12 @@ def test_an_impossible_label_is_refused() -> None:
             vocab_parallel_linear_cross_entropy(tensor(2, 4), tensor(97, 4), labels, axis)
 
 
+@pytest.mark.parametrize("hidden", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_loss_is_summed_in_float32(dtype: torch.dtype) -> None:
+def test_low_precision_loss_is_summed_in_float32(dtype: torch.dtype, hidden: int) -> None:
     axis, labels = Mesh.single().tp, torch.tensor(LABELS)
-    x = tensor(13, 8, seed=1).to(dtype).double().requires_grad_()
-    w = tensor(97, 8, seed=2).to(dtype).double().requires_grad_()
+    x = tensor(13, hidden, seed=1).to(dtype).double().requires_grad_()
+    w = tensor(97, hidden, seed=2).to(dtype).double().requires_grad_()
     plain_loss(F.linear(x, w), labels, 0.0, 0.0).sum().backward()
     own_x, own_w = (v.detach().to(dtype).requires_grad_() for v in (x, w))
     total, losses = vocab_parallel_linear_cross_entropy(own_x, own_w, labels, axis, block=4)
@@ -91,22 +94,44 @@ def test_low_precision_loss_is_summed_in_float32(dtype: torch.dtype) -> None:
         assert (mine.double() - theirs).norm() < (0.02 if dtype == torch.bfloat16 else 1e-5) * theirs.norm()
 
 
+class Watched(Dense):
+    """Notes which gradients are formed."""
+
+    def __init__(self) -> None:
+        self.formed: list[str] = []
+
+    def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
+        self.formed.append("weight")
+        return super().weight_gradient(gy_TO, x_TI)
+
+    def input_gradient(self, gy_TO: Tensor, weight: Tensor) -> Tensor:
+        self.formed.append("input")
+        return super().input_gradient(gy_TO, weight)
+
+
 def test_evaluation_forms_no_gradients() -> None:
-    formed = []
-
-    class Watched(Dense):
-        def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
-            formed.append("weight")
-            return super().weight_gradient(gy_TO, x_TI)
-
-        def input_gradient(self, gy_TO: Tensor, weight: Tensor) -> Tensor:
-            formed.append("input")
-            return super().input_gradient(gy_TO, weight)
-
-    head = ParallelLMHead(97, 4, Mesh.single().tp, method=Watched(), dtype=torch.float64)
-    x, labels = tensor(13, 4).requires_grad_(), torch.tensor(LABELS)
+    method, labels = Watched(), torch.tensor(LABELS)
+    head = ParallelLMHead(97, 4, Mesh.single().tp, method=method, dtype=torch.float64)
+    x = tensor(13, 4).requires_grad_()
     with torch.no_grad():
         alone = head.loss(x, labels).total
-    assert formed == []
+    assert method.formed == []
     assert torch.equal(head.loss(x, labels).total, alone)
-    assert formed == ["input", "weight"]
+    assert method.formed == ["input", "weight"]
+
+
+def test_few_tokens_leave_the_products_to_backward_which_may_put_them_off() -> None:
+    method, deferral, labels = Watched(), Deferral(), torch.tensor(LABELS)
+    head = ParallelLMHead(97, 16, Mesh.single().tp, method=method, deferral=deferral, dtype=torch.float64)
+    x = tensor(13, 16).requires_grad_()
+    loss = head.loss(x, labels).total
+    assert method.formed == []
+    with deferral.keep() as kept:
+        loss.backward()
+    assert method.formed == ["input"]
+    assert head.weight.grad is None
+    settle(kept)
+    assert method.formed == ["input", "weight"]
+    expected = head.weight.detach().clone().requires_grad_()
+    plain_loss(F.linear(x.detach(), expected), labels, 0.0, 0.0).sum().backward()
+    torch.testing.assert_close(head.weight.grad, expected.grad, **CLOSE)

@@ -75,6 +75,7 @@ class Decoder(nn.Module):
                 axis,
                 sequence_parallel=sequence,
                 method=build.linear("head"),
+                deferral=build.deferral,
                 **options,
             )
         self.tie()

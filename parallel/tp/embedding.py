@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel import comm
+from parallel.deferral import Deferral
 from parallel.errors import DataError
 from parallel.mesh import Axis
 from parallel.shard import Shard, fill
@@ -89,13 +90,21 @@ class ParallelLMHead(_VocabParallel):
     Args:
         vocabulary, hidden, axis, std: as there.
         sequence_parallel: the input holds this rank's piece of the tokens.
-        method: how it multiplies; default :class:`~parallel.tp.method.Dense`.
+        method, deferral: as in :class:`~parallel.tp.linear.ColumnParallelLinear`.
     """
 
     def __init__(
-        self, vocabulary: int, hidden: int, axis: Axis, *, method: LinearMethod | None = None, **options: Any
+        self,
+        vocabulary: int,
+        hidden: int,
+        axis: Axis,
+        *,
+        method: LinearMethod | None = None,
+        deferral: Deferral | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(vocabulary, hidden, axis, **options)
+        self.deferral = Deferral() if deferral is None else deferral
         self.method: LinearMethod = Dense() if method is None else method
 
     def forward(
@@ -124,5 +133,6 @@ class ParallelLMHead(_VocabParallel):
             vocabulary=self.vocabulary,
             sequence_parallel=self.sequence_parallel,
             method=self.method,
+            deferral=self.deferral,
             **options,
         )

@@ -11,6 +11,7 @@ Label smoothing is torch's (arXiv 1512.00567), the z-loss PaLM's (arXiv 2204.023
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from parallel import comm
+from parallel.deferral import Deferral
 from parallel.errors import DataError
 from parallel.ledger import caller
 from parallel.mesh import Axis
@@ -146,58 +148,100 @@ class LossSum(NamedTuple):
     losses_T: Tensor
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and loss block by block; the gradients are formed on the way, so that no logits are kept or made twice.
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """How head and loss are one."""
 
-    The gradient of the input is summed over the axis at once, so that of it only this rank's tokens are kept.
-    """
+    terms: _Terms
+    scale: float
+    block: int
+    sequence: bool
+    deferral: Deferral
+
+    def gathered(self, x: Tensor, tokens: int, place: str) -> Tensor:
+        """The input of all tokens."""
+        return comm.start_all_gather(x, self.terms.axis, tokens, place).wait() if self.sequence else x
+
+    def blocks(
+        self, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, losses_T: Tensor
+    ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+        """Write the losses block by block; what forms the gradient by the logits of the block just done."""
+        for start in range(0, x_TD.shape[0], self.block):
+            rows = slice(start, start + self.block)
+            labels = labels_T[rows]
+            logits = self.terms.method.product(x_TD[rows], weight_VD, None).to(losses_T.dtype)
+            losses_T[rows], lse, softmax = _loss_and_softmax(logits, labels, self.terms)
+            weight = torch.full_like(lse, self.scale)
+            yield rows, lambda s=softmax, at=(lse, labels, weight): _gradient_(s, *at, self.terms).to(x_TD.dtype)
+
+    def start_sum(self, gx_TD: Tensor, place: str) -> comm.Pending:
+        """Sum the gradient by the input over the axis; of it only this rank's tokens are kept."""
+        start = comm.start_reduce_scatter if self.sequence else comm.start_all_reduce
+        return start(gx_TD, self.terms.axis, place=place)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Head and loss; input's and weight's gradients are formed on the way, so that no logits are kept or made twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_VD: Tensor,
-        labels_T: Tensor,
-        terms: _Terms,
-        scale: float,
-        block: int,
-        sequence: bool,
-    ) -> tuple[Tensor, Tensor]:
-        place, axis, wide = caller(__file__, comm.__file__), terms.axis, _wide(x.dtype)
-        x_TD = comm.start_all_gather(x, axis, labels_T.shape[0], place).wait() if sequence else x
+    def forward(ctx: Any, x: Tensor, weight_VD: Tensor, labels_T: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
+        place, method, wide = caller(__file__, comm.__file__), head.terms.method, _wide(x.dtype)
+        x_TD = head.gathered(x, labels_T.shape[0], place)
         losses_T = torch.empty(x_TD.shape[0], dtype=wide, device=x_TD.device)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         gx_TD = torch.empty_like(x_TD) if needs_x else None
         gw_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
-        for start in range(0, x_TD.shape[0], block):
-            rows = slice(start, start + block)
-            rows_TD, labels = x_TD[rows], labels_T[rows]
-            logits = terms.method.product(rows_TD, weight_VD, None).to(wide)
-            losses_T[rows], lse, softmax = _loss_and_softmax(logits, labels, terms)
+        for rows, form in head.blocks(x_TD, weight_VD, labels_T, losses_T):
             if gx_TD is None and gw_VD is None:
                 continue
-            weight_T = torch.full_like(lse, scale)
-            gradient = _gradient_(softmax, lse, labels, weight_T, terms).to(x_TD.dtype)
+            gradient = form()
             if gx_TD is not None:
-                gx_TD[rows] = terms.method.input_gradient(gradient, weight_VD)
+                gx_TD[rows] = method.input_gradient(gradient, weight_VD)
             if gw_VD is not None:
-                gw_VD += terms.method.weight_gradient(gradient, rows_TD)
+                gw_VD += method.weight_gradient(gradient, x_TD[rows])
         if gx_TD is not None:
-            start_sum = comm.start_reduce_scatter if sequence else comm.start_all_reduce
-            gx_TD = start_sum(gx_TD, axis, place=place).wait()
+            gx_TD = head.start_sum(gx_TD, place).wait()
         ctx.grads = gx_TD, None if gw_VD is None else gw_VD.to(weight_VD.dtype)
         ctx.mark_non_differentiable(losses_T)
-        return losses_T.sum() * scale, losses_T
+        return losses_T.sum() * head.scale, losses_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gx, gw = ctx.grads
+        gx, gw = (None if grad is None else _scaled(grad, grads[0]) for grad in ctx.grads)
         ctx.grads = None
-        up = grads[0]
-        if up.device.type != "cpu" or up.item() != 1.0:
-            gx = None if gx is None else gx * up.to(gx.dtype)
-            gw = None if gw is None else gw * up.to(gw.dtype)
-        return gx, gw, None, None, None, None, None
+        return gx, gw, None, None
+
+
+class _ShortLinearCrossEntropy(torch.autograd.Function):
+    """The same for fewer tokens than hidden values: the gradient by the logits, which is smaller than the weight's, is
+    kept instead, and the products are done in backward, where a pipeline expects them and may put the weight's off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_VD: Tensor, labels_T: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
+        place = caller(__file__, comm.__file__)
+        x_TD = head.gathered(x, labels_T.shape[0], place)
+        losses_T = torch.empty(x_TD.shape[0], dtype=_wide(x.dtype), device=x_TD.device)
+        formed = [form() for _, form in head.blocks(x_TD, weight_VD, labels_T, losses_T)]
+        ctx.save_for_backward(x_TD, weight_VD, *formed)
+        ctx.head, ctx.place, ctx.parameter = head, place + " (backward)", weight_VD
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.sum() * head.scale, losses_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x_TD, weight_VD, *formed = ctx.saved_tensors
+        head, method = ctx.head, ctx.head.terms.method
+        gradient_TV = _scaled(formed[0] if len(formed) == 1 else torch.cat(formed), grads[0])
+        pending = gw = None
+        if ctx.needs_input_grad[0]:
+            pending = head.start_sum(method.input_gradient(gradient_TV, weight_VD), ctx.place)
+        if ctx.needs_input_grad[1]:
+            gw = head.deferral(ctx.parameter, lambda: method.weight_gradient(gradient_TV, x_TD))
+        return pending.wait() if pending else None, gw, None, None
+
+
+def _scaled(gradient: Tensor, by: Tensor) -> Tensor:
+    return gradient if by.device.type == "cpu" and by.item() == 1.0 else gradient * by.to(gradient.dtype)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -213,8 +257,11 @@ def vocab_parallel_linear_cross_entropy(
     sequence_parallel: bool = False,
     block: int = 512,
     method: LinearMethod | None = None,
+    deferral: Deferral | None = None,
 ) -> LossSum:
-    """The head and the loss as one, ``block`` tokens at a time: the T x V logits never exist whole.
+    """The head and the loss as one, ``block`` tokens at a time: the T x V logits never exist whole in float32.
+
+    With more tokens than hidden values the gradients are formed in forward; else in backward (docs/decisions/005).
 
     Args:
         x_TD: what the head is applied to; under sequence parallelism this rank's piece of the tokens.
@@ -226,6 +273,7 @@ def vocab_parallel_linear_cross_entropy(
         sequence_parallel: gather the tokens first.
         block: tokens whose logits exist at a time.
         method: how the head multiplies.
+        deferral: asked in backward whether the gradient of the weight is wanted at once; default: it is.
 
     Raises:
         DataError: a label outside the vocabulary (checked where the labels are on the CPU).
@@ -233,7 +281,10 @@ def vocab_parallel_linear_cross_entropy(
     method = Dense() if method is None else method
     terms = _Terms(axis, vocabulary or weight_VD.shape[0] * axis.size, label_smoothing, z_loss, method)
     _check(labels_T, terms.vocabulary)
+    head = _Head(terms, scale, block, sequence_parallel, Deferral() if deferral is None else deferral)
     if not torch.is_grad_enabled():
         x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    total, losses = comm.apply(_LinearCrossEntropy, x_TD, weight_VD, labels_T, terms, scale, block, sequence_parallel)
-    return LossSum(total, losses)
+    trains = x_TD.requires_grad or weight_VD.requires_grad
+    short = trains and labels_T.shape[0] <= x_TD.shape[1]
+    function = _ShortLinearCrossEntropy if short else _LinearCrossEntropy
+    return LossSum(*comm.apply(function, x_TD, weight_VD, labels_T, head))
