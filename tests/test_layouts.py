@@ -118,6 +118,9 @@ def check_layouts(config: str, layouts: list[dict[str, Any]]) -> list[float]:
             assert_equal_to(grads[name], parameter.grad, f"{degrees}: gradient of {name}")
         assert own.index_T is not None
         assert_equal_to(model.eval()(own), logits[own.index_T], f"{degrees}: logits")
+        wanted = torch.tensor([len(own) - 1, 1])
+        few = model(dataclasses.replace(own, wanted_R=wanted))
+        assert_equal_to(few, logits[own.index_T[wanted]], f"{degrees}: logits that are wanted")
         losses.append(float(loss))
     return losses
 

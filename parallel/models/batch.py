@@ -24,6 +24,7 @@ class Batch:
         index_T: the index of each token among all tokens of the step, whatever rank holds it. Random numbers are
             keyed by it, so that no layout changes them. None where nothing is random.
         key: names the draw of random numbers (the optimizer step, usually).
+        wanted_R: in evaluation, the tokens whose output is wanted, all that the last block computes; None: all tokens.
     """
 
     tokens_T: Tensor
@@ -32,6 +33,7 @@ class Batch:
     labels_T: Tensor | None = None
     index_T: Tensor | None = None
     key: int = 0
+    wanted_R: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens_T.shape[0]
@@ -58,7 +60,7 @@ class Batch:
         """The same batch with its tensors on ``device``."""
         moved = {
             name: value.to(device)
-            for name in ("tokens_T", "positions_T", "labels_T", "index_T")
+            for name in ("tokens_T", "positions_T", "labels_T", "index_T", "wanted_R")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)

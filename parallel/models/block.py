@@ -84,8 +84,8 @@ class Attention(nn.Module):
         self.core = build.attention(config, layer, build)
         self.recompute = build.recompute == "selective"
 
-    def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None) -> Tensor:
-        """(T, D) -> (T, D), our tokens of each."""
+    def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None, wanted_R: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D), our tokens of each; (R, D) if only some are wanted."""
         qkv = self.qkv(x_TD, len(batch))
         if angles is not None and self.q_norm is None:
             qkv = rotary_(qkv, self.qkv.local_heads + self.qkv.local_kv_heads, *angles)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             out = _recomputed(self.core, q, k, v, batch, self.training)
         else:
             out = self.core(q, k, v, batch, self.training)
-        return self.out(out.flatten(1))
+        return self.out(out.flatten(1) if wanted_R is None else out.flatten(1)[wanted_R])
 
 
 class MLP(nn.Module):
@@ -164,14 +164,17 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(f"{name}.mlp", config.residual_dropout, build)
         self.recompute = build.recompute == "full"
 
-    def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None) -> Tensor:
-        """(T, D) -> (T, D), our tokens of each."""
+    def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None, wanted_R: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D), our tokens of each; (R, D) if only some are wanted, which needs all tokens here."""
         if self.recompute and self.training:
-            return _recomputed(self._forward, x_TD, batch, angles)
-        return self._forward(x_TD, batch, angles)
+            return _recomputed(self._forward, x_TD, batch, angles, wanted_R)
+        return self._forward(x_TD, batch, angles, wanted_R)
 
-    def _forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None) -> Tensor:
-        x_TD = x_TD + self.attention_dropout(self.attention(self.attention_norm(x_TD), batch, angles), batch)
+    def _forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None, wanted_R: Tensor | None) -> Tensor:
+        added = self.attention(self.attention_norm(x_TD), batch, angles, wanted_R)
+        if wanted_R is not None:
+            x_TD = x_TD[wanted_R]
+        x_TD = x_TD + self.attention_dropout(added, batch)
         return x_TD + self.mlp_dropout(self.mlp(self.mlp_norm(x_TD), batch), batch)
 
 

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         self.config, self.deferral = config, build.deferral
         self.cuts = partition(config.layers, 1) if build.cuts is None else build.cuts
         axis, options = build.mesh.tp, {"dtype": build.dtype, "device": "meta", "std": config.std}
-        sequence = build.sequence_parallel
+        sequence = self.sequence_parallel = build.sequence_parallel
         first, last = any(cut.first for cut in self.cuts), any(cut.last for cut in self.cuts)
         self.embedding = self.positions = self.norm = self.head = None
         if first or (last and config.tied):
@@ -88,6 +88,8 @@ class Decoder(nn.Module):
     def hidden(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None) -> Tensor:
         """The residual stream (T, D) behind one stage, or behind all; behind the last it is normed.
 
+        There it has the rows ``batch.wanted_R`` alone, if some are wanted and tokens are not cut over tp.
+
         Args:
             batch: the same on every stage.
             x_TD: what the stage before gave; None on the first. Under sequence parallelism, as the result, this rank's
@@ -97,9 +99,13 @@ class Decoder(nn.Module):
         stream = self._embedded(batch) if x_TD is None else x_TD
         blocks = [self.layers[str(layer)] for layer in cut.layers] if cut is not None else self.layers.values()
         turns = angles(self.config, batch) if self.config.positions == "rotary" and blocks else None
-        for block in blocks:
-            stream = block(stream, batch, turns)
-        return self.norm(stream) if self.norm is not None and (cut is None or cut.last) else stream
+        last = self.norm is not None and (cut is None or cut.last)
+        wanted_R = batch.wanted_R if last and not self.sequence_parallel else None
+        if wanted_R is not None and not blocks:
+            stream = stream[wanted_R]
+        for place, block in enumerate(blocks, 1 - len(blocks)):
+            stream = block(stream, batch, turns, None if place else wanted_R)
+        return self.norm(stream) if self.norm is not None and last else stream
 
     def _embedded(self, batch: Batch) -> Tensor:
         assert self.embedding is not None, "the first stage is elsewhere: give x_TD"
@@ -109,9 +115,13 @@ class Decoder(nn.Module):
         return self.embedding_dropout(x_TD, batch)
 
     def forward(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None) -> Tensor:
-        """The logits of every token (T, V), whole on every rank; arguments as for :meth:`hidden`."""
+        """The logits of every token (T, V), or of those wanted (R, V), whole on every rank.
+
+        Arguments as for :meth:`hidden`.
+        """
         assert self.head is not None, "the last stage is elsewhere"
-        return self.head(self.hidden(batch, x_TD, cut), len(batch))
+        rows_R = batch.wanted_R if self.sequence_parallel else None
+        return self.head(self.hidden(batch, x_TD, cut), len(batch), rows_R)
 
     def loss(self, batch: Batch, x_TD: Tensor | None = None, cut: Cut | None = None, **options: Any) -> LossSum:
         """The loss summed over the tokens of the batch.

@@ -108,9 +108,15 @@ class ParallelLMHead(_VocabParallel):
         self.method: LinearMethod = Dense() if method is None else method
 
     def forward(
-        self, x_TD: Tensor, tokens: int | None = None, *, labels_T: Tensor | None = None, **options: Any
+        self,
+        x_TD: Tensor,
+        tokens: int | None = None,
+        rows_R: Tensor | None = None,
+        *,
+        labels_T: Tensor | None = None,
+        **options: Any,
     ) -> Any:
-        """(T, D) -> the logits of all tokens over the whole vocabulary (T, V), on every rank.
+        """(T, D) -> the logits of all tokens, or of ``rows_R``, over the whole vocabulary (T, V), on every rank.
 
         With labels it is :meth:`loss`: called as a module, so that ZeRO 3 has the weight there.
         """
@@ -120,6 +126,8 @@ class ParallelLMHead(_VocabParallel):
             x_TD = comm.all_gather(x_TD, self.axis, total=tokens)
         else:
             x_TD = comm.replicate(x_TD, self.axis)
+        if rows_R is not None:
+            x_TD = x_TD[rows_R]
         local_TV = comm.apply(LinearProduct, x_TD, self.weight, self.method)
         return comm.all_gather(local_TV, self.axis, dim=1, grad="replicated")[:, : self.vocabulary]
 
