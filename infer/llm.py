@@ -1,23 +1,22 @@
-"""Generation: prompts in, completions out, at any tensor-parallel layout."""
+"""Generation: prompts in, completions out, at any layout."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from infer.kv import CachedAttention, StepBatch
-from infer.request import Completion, Request, SamplingParams, Slice, plan, prompt_problems
-from parallel.errors import ConfigError, DataError, refuse
-from parallel.hf import load_model
+from infer.build import EngineConfig, build_engine, load_text
+from infer.completion import Completion, Event
+from infer.params import SamplingParams
+from infer.request import RequestError
+from parallel import comm
+from parallel.errors import DataError
 from parallel.mesh import Mesh
-from parallel.models.build import Build
-from parallel.models.config import DecoderConfig
-from parallel.models.decoder import Decoder
-from parallel.tokenizer import load_tokenizer
 
 __all__ = ["LLM"]
 
@@ -25,18 +24,23 @@ __all__ = ["LLM"]
 class LLM:
     """A model folder, ready to continue prompts.
 
-    Every rank of the mesh calls :meth:`generate` with the same prompts and gets the same completions.
+    Every rank of the mesh calls the same methods with the same arguments and gets the same results. Data-parallel
+    replicas share the prompts of a call.
 
     Args:
         folder: a Hugging Face model folder.
         mesh: the ranks that share the model; None: this process alone.
-        dtype: of weights, activations and cache.
-        budget: most tokens a step.
-        requests: most requests a step.
+        dtype: of weights and activations.
+        config: of the engine.
+        ranks: processes that share this device's memory.
+
+    Attributes:
+        engine: that does the work; only between two calls may others use it.
+        notes: lines that say how memory was divided.
 
     Raises:
         ModelFolderError: every problem of the folder.
-        ConfigError: the mesh cannot share the model.
+        ConfigError: the mesh cannot share the model, or there is not enough memory for one sequence.
     """
 
     def __init__(
@@ -45,48 +49,84 @@ class LLM:
         *,
         mesh: Mesh | None = None,
         dtype: torch.dtype = torch.float32,
-        budget: int = 2048,
-        requests: int = 256,
+        config: EngineConfig | None = None,
+        ranks: int = 1,
     ) -> None:
-        folder = Path(folder)
         self.mesh = Mesh.single() if mesh is None else mesh
-        self._cores: list[CachedAttention] = []
-        self.model: Decoder = load_model(folder, Build(mesh=self.mesh, dtype=dtype, attention=self._core))
-        self.model.eval()
-        self.tokenizer: Tokenizer | None = (
-            load_tokenizer(folder) if (folder / "tokenizer.json").exists() or _other_tokenizer(folder) else None
+        self.config = EngineConfig() if config is None else config
+        self.tokenizer: Tokenizer | None = load_text(Path(folder))
+        self.engine, sizing = build_engine(
+            Path(folder), self.mesh, dtype, self.config, tokenizer=self.tokenizer, ranks=ranks
         )
-        self.ends = _end_tokens(folder)
-        self.budget, self.requests = budget, requests
+        self.notes = sizing.lines
 
-    @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priorities: Sequence[int] | None = None,
+        watch: Callable[[Event], None] | None = None,
     ) -> list[Completion]:
         """Continue every prompt, many at a time; completions come in the order of the prompts.
 
         Args:
             prompts: texts, or token ids.
-            params: the same for all.
+            params: for all, or one for each.
+            priorities: of each; the lower, the sooner.
+            watch: called with everything that this replica generates, as it comes.
 
         Raises:
-            ConfigError: parameters that cannot be honoured.
-            DataError: an empty prompt, a token id outside the vocabulary, a text too long for learned positions.
+            RequestError: a prompt or its parameters cannot be honoured, with every reason; nothing was computed.
         """
-        params = SamplingParams() if params is None else params
-        refuse(ConfigError, params.problems())
-        encoded = [self._encode(prompt) for prompt in prompts]
-        config = self.model.config
-        longest = config.max_positions if config.positions == "learned" else None
-        refuse(DataError, prompt_problems(encoded, params, vocabulary=config.vocabulary, longest=longest))
-        requests = [Request(index, list(ids), len(ids), params) for index, ids in enumerate(encoded)]
-        while slices := plan(requests, self.budget, self.requests):
-            self._step(slices)
-        return [self._completion(request) for request in requests]
+        own, done = self._add(prompts, params, priorities), {}
+        while self.engine.busy:
+            for event in self.engine.step():
+                if event.completion is not None:
+                    done[own[event.id]] = event.completion
+                if watch is not None:
+                    watch(event)
+        return self._of_all(done, len(prompts))
 
-    def _core(self, config: DecoderConfig, layer: int, build: Build) -> CachedAttention:
-        self._cores.append(CachedAttention(config, layer, build))
-        return self._cores[-1]
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Event]:
+        """Continue one prompt, piece by piece; the last event has the whole. Whoever stops early ends the request.
+
+        Raises:
+            RequestError: it cannot be continued, with every reason.
+        """
+        (id,) = self._add([prompt], params, None, everywhere=True)
+        try:
+            while self.engine.busy:
+                yield from self.engine.step()
+        finally:
+            self.engine.abort(id)
+
+    def _add(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priorities: Sequence[int] | None,
+        *,
+        everywhere: bool = False,
+    ) -> dict[int, int]:
+        """Queue what is this replica's; engine's number -> place among the prompts."""
+        given = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        ranks = [0] * len(prompts) if priorities is None else list(priorities)
+        if len(given) != len(prompts) or len(ranks) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts, {len(given)} parameters and {len(ranks)} priorities")
+        encoded, problems = [], []
+        for place, (prompt, own) in enumerate(zip(prompts, given, strict=True)):
+            ids = self._encode(prompt)
+            encoded.append(ids)
+            problems += [f"prompt {place}: {problem}" for problem in self.engine.limits.problems(ids, own)]
+        if problems:
+            raise RequestError(problems)
+        seed, dp = self._seed(), self.mesh.dp
+        mine = range(len(prompts)) if everywhere else range(dp.rank, len(prompts), dp.size)
+        return {
+            self.engine.add(encoded[place], given[place], priority=ranks[place], seed=(seed + place) % 2**63): place
+            for place in mine
+        }
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -95,51 +135,18 @@ class LLM:
             raise DataError("the model folder has no tokenizer: give prompts as token ids")
         return self.tokenizer.encode(prompt).ids
 
-    def _step(self, slices: Sequence[Slice]) -> None:
-        """Compute one packed step, and commit what it chose."""
-        device, ends = self.mesh.device, [0]
-        for piece in slices:
-            ends.append(ends[-1] + piece.stop - piece.start)
-        tokens = [token for piece in slices for token in piece.request.tokens[piece.start : piece.stop]]
-        positions = [position for piece in slices for position in range(piece.start, piece.stop)]
-        batch = StepBatch(
-            tokens_T=torch.tensor(tokens, device=device),
-            positions_T=torch.tensor(positions, device=device),
-            boundaries=tuple(ends),
-            requests=tuple(piece.request.id for piece in slices),
-        )
-        hidden = self.model.hidden(batch)
-        sampled = [index for index, piece in enumerate(slices) if piece.samples]
-        chosen: list[int] = []
-        if sampled:
-            rows = torch.tensor([ends[index + 1] - 1 for index in sampled], device=device)
-            assert self.model.head is not None
-            chosen = self.model.head(hidden[rows]).argmax(-1).tolist()
-        for piece in slices:
-            piece.request.computed = piece.stop
-        for index, token in zip(sampled, chosen, strict=True):
-            request = slices[index].request
-            request.commit(token, self.ends)
-            if request.finished is not None:
-                for core in self._cores:
-                    core.release(request.id)
+    def _seed(self) -> int:
+        """One that nobody knows, the same on every rank."""
+        return comm.gather_json(secrets.randbits(62), self.mesh.world)[0]
 
-    def _completion(self, request: Request) -> Completion:
-        assert request.finished is not None
-        prompt, tokens = tuple(request.tokens[: request.prompt]), tuple(request.tokens[request.prompt :])
-        text = "" if self.tokenizer is None else self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return Completion(prompt, tokens, text, request.finished)
-
-
-def _other_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.model", "vocab.json"))
-
-
-def _end_tokens(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text: of generation_config.json, else of config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        given = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if given is not None:
-            return tuple(given) if isinstance(given, list) else (given,)
-    return ()
+    def _of_all(self, own: dict[int, Completion], count: int) -> list[Completion]:
+        """The completions of every replica."""
+        found = own
+        if self.mesh.dp.size > 1:
+            told: list[Any] = [[place, completion.to_json()] for place, completion in own.items()]
+            found = {
+                place: Completion.from_json(values)
+                for part in comm.gather_json(told, self.mesh.dp)
+                for place, values in part
+            }
+        return [found[place] for place in range(count)]

@@ -1,124 +1,123 @@
-"""Requests and what a step does for them. Policy only: nothing here knows of tensors."""
+"""Requests and their lives. Policy only: nothing here knows of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from enum import Enum
+from typing import Any, Literal, NamedTuple
 
-from parallel.config import option
+from parallel.errors import Refusal
 
-__all__ = ["Completion", "Request", "SamplingParams", "Slice", "plan", "prompt_problems"]
+__all__ = [
+    "MOVES",
+    "FinishReason",
+    "Life",
+    "Request",
+    "RequestError",
+    "Stored",
+]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to continue a prompt."""
-
-    max_tokens: int = option(128, "most tokens to generate")
-    temperature: float = option(0.0, "0: the likeliest token, always")
-    ignore_eos: bool = option(False, "go on after the end-of-text token")
-
-    def problems(self) -> Iterator[str]:
-        """Why these cannot be honoured."""
-        if self.max_tokens < 1:
-            yield f"max_tokens = {self.max_tokens}: must be at least 1"
-        if self.temperature != 0:
-            yield f"temperature = {self.temperature}: this version generates greedily (temperature = 0)"
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished request.
+class RequestError(Refusal):
+    """A request that cannot be honoured; it alone is refused, the others go on."""
+
+
+class Life(Enum):
+    """Where a request stands, and what memory that costs.
 
     Attributes:
-        prompt: its token ids.
-        tokens: those that were generated, without the end-of-text token.
-        text: the generated tokens as text; empty where there is no tokenizer.
-        finish_reason: ``stop`` at end-of-text, ``length`` at the limit.
+        WAITING: in the queue; holds no pages.
+        RUNNING: has a row; holds device pages for its computed tokens, and a claim on those that it needs next.
+        SWAPPED: in the queue; holds pages of CPU memory for its computed tokens, none of the device.
+        FINISHED: holds nothing; what it computed may stay cached until the pages are needed.
     """
 
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
 
 
-@dataclass(slots=True)
+MOVES = {
+    Life.WAITING: {Life.RUNNING, Life.FINISHED},
+    Life.RUNNING: {Life.WAITING, Life.SWAPPED, Life.FINISHED},
+    Life.SWAPPED: {Life.RUNNING, Life.FINISHED},
+    Life.FINISHED: set[Life](),
+}
+
+
+class Stored(NamedTuple):
+    """The pages of CPU memory, of one page group, in which a swapped request waits; the first is page ``first``."""
+
+    first: int
+    pages: list[int]
+
+
+@dataclass(slots=True, eq=False)
 class Request:
-    """A prompt that is being continued; each step closes the gap between ``computed`` and the number of tokens.
+    """A sequence that is being continued; each step closes the gap between computed tokens and those there are.
+
+    The caller gives the first block of attributes and reads the second. The third is the scheduler's. While a request
+    is RUNNING, how far it is and where its pages are stands in the scheduler's rows (``infer/rows.py``), not here.
 
     Attributes:
-        id: its place in the caller's list, and in the cache.
-        tokens: prompt and what was generated so far.
+        id: a number that no other living request has.
+        tokens: prompt and what was generated so far; only tokens that are known.
         prompt: how many of them are the prompt.
-        params: how to continue.
-        computed: tokens whose keys and values are in the cache.
-        finished: why it ended, once it has.
+        params: how to sample; the scheduler never looks at it.
+        priority: the lower, the sooner.
+        salt: whatever separates prefix caches: a tenant, an adapter, the version of the weights.
+        most: most tokens that it may have, prompt included.
+        reuse: it may begin with cached pages (not where every row of the prompt must be computed).
+        external: :meth:`Scheduler.commit` gives it no token; it stands still after each sampled row until
+            :meth:`Scheduler.extend` or :meth:`Scheduler.finish` is called (beam search).
+        life: see :class:`Life`.
+        finish_reason: why it ended, once it has.
+        error: what went wrong, if the reason is ``error``.
+        computed: while not RUNNING: tokens whose keys and values are kept.
+        preemptions: how many times it lost its pages to another request.
+        cached: tokens of the last admission that were found in the prefix cache.
+        rank: place in the one order in which requests are served; the smaller, the sooner. Never changes.
+        row: of the scheduler's tables; -1: none.
+        keys: of its full pages, as far as they are known.
+        named: full pages that were offered to the prefix cache.
+        stored: for each page group, while SWAPPED.
+        paused: it waits for :meth:`Scheduler.extend`.
+        left_at: number of the step that preempted it, in which it cannot come back; 0: none did.
+        waits_for: key of a page that another request is computing, and that it would rather share.
+        fetches: rounds in which pages were asked from disk for it.
     """
 
     id: int
     tokens: list[int]
     prompt: int
-    params: SamplingParams
+    params: Any
+    priority: int = 0
+    salt: bytes = b""
+    most: int = 0
+    reuse: bool = True
+    external: bool = False
+
+    life: Life = Life.WAITING
+    finish_reason: FinishReason | None = None
+    error: str = ""
     computed: int = 0
-    finished: Literal["stop", "length"] | None = field(default=None)
+    preemptions: int = 0
+    cached: int = 0
 
-    def commit(self, token: int, ends: Sequence[int]) -> None:
-        """Take the token that was chosen after the last one."""
-        if token in ends and not self.params.ignore_eos:
-            self.finished = "stop"
-            return
-        self.tokens.append(token)
-        if len(self.tokens) - self.prompt >= self.params.max_tokens:
-            self.finished = "length"
+    rank: tuple[int, int] = (0, 0)
+    row: int = -1
+    keys: list[bytes] = field(default_factory=list)
+    named: int = 0
+    stored: list[Stored] | None = None
+    paused: bool = False
+    left_at: int = 0
+    waits_for: bytes | None = None
+    fetches: int = 0
 
-
-class Slice(NamedTuple):
-    """Tokens ``start`` to ``stop`` of a request, computed in one step; the last is sampled if nothing follows it."""
-
-    request: Request
-    start: int
-    stop: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this slice reaches the request's last token."""
-        return self.stop == len(self.request.tokens)
-
-
-def prompt_problems(
-    prompts: Sequence[Sequence[int]], params: SamplingParams, *, vocabulary: int, longest: int | None
-) -> list[str]:
-    """Why these prompts cannot be continued.
-
-    Args:
-        prompts: token ids.
-        params: the same for all.
-        vocabulary: of the model.
-        longest: most positions the model has; None: no limit.
-    """
-    problems: list[str] = []
-    for index, ids in enumerate(prompts):
-        if not ids:
-            problems.append(f"prompt {index} is empty")
-        bad = [token for token in ids if not 0 <= token < vocabulary]
-        if bad:
-            problems.append(f"prompt {index}: token id {bad[0]} is outside the vocabulary of {vocabulary}")
-        if longest is not None and len(ids) + params.max_tokens > longest:
-            problems.append(
-                f"prompt {index}: {len(ids)} tokens and max_tokens = {params.max_tokens} exceed the model's "
-                f"{longest} positions"
-            )
-    return problems
-
-
-def plan(requests: Sequence[Request], budget: int, most: int) -> list[Slice]:
-    """The next step: in order of arrival, at most ``most`` unfinished requests and ``budget`` tokens."""
-    slices: list[Slice] = []
-    for request in [request for request in requests if request.finished is None][:most]:
-        take = min(len(request.tokens) - request.computed, budget)
-        if take:
-            slices.append(Slice(request, request.computed, request.computed + take))
-            budget -= take
-    return slices
+    def move(self, life: Life) -> None:
+        """Change :attr:`life`, as :data:`MOVES` allows."""
+        assert life in MOVES[self.life], f"request {self.id}: {self.life.value} -> {life.value}"
+        self.life = life

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infer import LLM, SamplingParams
-from infer.request import prompt_problems
+from infer import LLM, Completion, EngineConfig, Event, SamplingParams
+from infer.limits import Limits
 from launch.cli import help_text, positionals
 from launch.ranks import on_ranks
 from launch.recipe import PRECISIONS, Precision, layout_refusals
@@ -19,11 +20,16 @@ from parallel.config import option, options, parse_flags, resolve
 from parallel.errors import ConfigError, DataError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout, Mesh
+from parallel.pp import partition
 from parallel.tokenizer import load_tokenizer
 
 __all__ = ["main"]
 
 USAGE = "lockstep generate MODEL_DIR --prompt TEXT [--OPTION VALUE ...]"
+_SAMPLING = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "seed", "n", "beams", "length_penalty", "stop", "ignore_eos"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,25 +39,40 @@ class GenerateConfig:
     prompt: str = option("", "the text to continue")
     prompts: str = option("", "a file with one prompt a line, instead")
     max_tokens: int = option(128, "most tokens to generate for each prompt")
+    min_tokens: int = option(0, "tokens to generate before the text may end")
+    temperature: float = option(0.0, "logits are divided by it; 0: the likeliest token, always")
+    top_k: int = option(0, "only the k likeliest tokens; 0: all")
+    top_p: float = option(1.0, "only the fewest likeliest tokens whose probabilities add up to at least this")
+    min_p: float = option(0.0, "only tokens that are at least this many times as probable as the likeliest")
+    typical_p: float = option(1.0, "only tokens whose surprise is nearest to the entropy, that add up to this")
+    repetition_penalty: float = option(1.0, "of tokens that are in the prompt or were generated")
+    presence_penalty: float = option(0.0, "subtracted once from tokens that were generated before")
+    frequency_penalty: float = option(0.0, "subtracted from a token as often as it was generated before")
+    seed: int = option(-1, "the same seed gives the same text at every layout; -1: one is drawn")
+    n: int = option(1, "texts for each prompt")
+    beams: int = option(1, "beams of a beam search; 1: none")
+    length_penalty: float = option(1.0, "beam search: above 0 favours long texts")
+    stop: tuple[str, ...] = option((), "texts that end the request, separated by commas")
     ignore_eos: bool = option(False, "go on after the end-of-text token")
     json: bool = option(False, "one JSON object a prompt instead of text")
     precision: Precision = option("fp32", "of weights and activations")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
-    layout: Layout = option(Layout(sequence_parallel=False), "degrees of parallelism; tp only")
+    layout: Layout = option(Layout(sequence_parallel=False), "degrees of parallelism: tp, pp, dp")
+    engine: EngineConfig = option(EngineConfig(), "memory, scheduling")
 
     def problems(self) -> Iterator[str]:
         """Why these options do not go together."""
         if bool(self.prompt) == bool(self.prompts):
             yield "give --prompt TEXT or --prompts FILE" + (", not both" if self.prompt else "")
-        yield from layout_refusals(self.layout, "pp", "cp", "ep", "etp")
-        if self.layout.dp > 1:
-            yield f"layout.dp = {self.layout.dp}: generate uses one replica; the nearest layout that works has dp = 1"
+        yield from layout_refusals(self.layout, "cp", "ep", "etp")
+        yield from self.engine.problems()
         yield from self.sampling.problems()
 
     @property
     def sampling(self) -> SamplingParams:
         """The part that concerns each request."""
-        return SamplingParams(max_tokens=self.max_tokens, ignore_eos=self.ignore_eos)
+        values = {name: getattr(self, name) for name in _SAMPLING}
+        return SamplingParams(**{**values, "seed": None if self.seed == -1 else self.seed})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -65,12 +86,17 @@ def main(arguments: Sequence[str]) -> int:
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, sequence_parallel=False))
     prompts = _prompts(config)
     refuse(ModelFolderError, check_folder(Path(folder)))
-    model = read_config(Path(folder))
+    model = read_config(Path(folder)).resolved()
     refuse(ConfigError, model.layout_problems(config.layout.tp))
+    partition(model.layers, config.layout.pp)
     tokenizer = load_tokenizer(folder)
-    longest = model.max_positions if model.positions == "learned" else None
-    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
-    refuse(DataError, prompt_problems(encoded, config.sampling, vocabulary=model.vocabulary, longest=longest))
+    limits = Limits.of(Path(folder), model, context=config.engine.context, text=True)
+    problems = [
+        f"prompt {place}: {problem}"
+        for place, prompt in enumerate(prompts)
+        for problem in limits.problems(tokenizer.encode(prompt).ids, config.sampling)
+    ]
+    refuse(DataError, problems)
     return on_ranks(
         ["generate", *arguments], config.layout, config.device, lambda mesh: _generate(config, folder, prompts, mesh)
     )
@@ -88,14 +114,58 @@ def _prompts(config: GenerateConfig) -> list[str]:
 
 
 def _generate(config: GenerateConfig, folder: str, prompts: list[str], mesh: Mesh) -> int:
-    llm = LLM(folder, mesh=mesh, dtype=PRECISIONS[config.precision])
-    completions = llm.generate(prompts, config.sampling)
-    if mesh.rank == 0:
+    local = config.layout.world if mesh.device.type == "cpu" else 1
+    llm = LLM(folder, mesh=mesh, dtype=PRECISIONS[config.precision], config=config.engine, ranks=local)
+    first = mesh.rank == 0
+    progress = _Progress(len(prompts), mesh.dp.size) if first else None
+    if first and len(prompts) > 1:
+        print("\n".join(llm.notes), file=sys.stderr)
+    completions = llm.generate(prompts, config.sampling, watch=progress)
+    llm.engine.close()
+    if progress is not None:
+        progress.finish(completions)
         for prompt, completion in zip(prompts, completions, strict=True):
-            if config.json:
-                values = {"prompt": prompt, "text": completion.text, "tokens": list(completion.tokens)}
-                print(json.dumps({**values, "finish_reason": completion.finish_reason}))
-            else:
-                print(prompt + completion.text)
+            _print(config, prompt, completion)
         sys.stdout.flush()
-    return 0
+    return int(any(completion.error for completion in completions))
+
+
+def _print(config: GenerateConfig, prompt: str, completion: Completion) -> None:
+    if completion.error:
+        print(f"{prompt!r}: {completion.error}", file=sys.stderr)
+    for choice in completion.choices:
+        if config.json:
+            values = {"prompt": prompt, "index": choice.index, "text": choice.text, "tokens": list(choice.tokens)}
+            print(json.dumps({**values, "finish_reason": choice.finish_reason}))
+        else:
+            print(prompt + choice.text)
+
+
+class _Progress:
+    """A line on a terminal while texts are generated, and the throughput at the end."""
+
+    def __init__(self, prompts: int, replicas: int) -> None:
+        self._prompts, self._replicas = prompts, replicas
+        self._done = self._tokens = 0
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        self._tokens += len(event.tokens)
+        self._done += event.completion is not None
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - self._told > 0.2:
+            self._told = now
+            rate = self._tokens / (now - self._began)
+            share = "" if self._replicas == 1 else f" on the first of {self._replicas} replicas"
+            line = f"{self._done} of {-(-self._prompts // self._replicas)} prompts, {rate:,.0f} tokens/s{share}"
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+
+    def finish(self, completions: Sequence[Completion]) -> None:
+        """The last word."""
+        seconds = time.monotonic() - self._began
+        tokens = sum(len(choice.tokens) for completion in completions for choice in completion.choices)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        if self._prompts > 1:
+            said = f"{self._prompts} prompts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
+            print(said, file=sys.stderr, flush=True)

@@ -1,16 +1,21 @@
-"""Generation: the tokens of `transformers` generate, at every layout, however requests are packed."""
+"""Generation: the greedy tokens of `transformers` at every layout, however requests are packed and preempted."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from transformers import AutoModelForCausalLM
 
-from infer import LLM, SamplingParams
-from infer.request import Request, plan
+from infer import LLM, EngineConfig, RequestError, SamplingParams
+from infer.cache import CacheConfig
+from infer.policy import SchedulerConfig
 from parallel.errors import ConfigError, DataError
 from parallel.hf import save_model
 from parallel.mesh import Layout, Mesh
@@ -18,22 +23,25 @@ from parallel.models.build import Build
 from parallel.models.config import DecoderConfig, RopeConfig
 from parallel.models.decoder import build_model
 
+LLAMA = DecoderConfig(
+    vocabulary=211,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=12,
+    feed_forward=48,
+    max_positions=128,
+    std=0.3,
+    rope=RopeConfig(scaling="llama3", factor=4.0, original=16),
+)
 MODELS = {
-    "llama": DecoderConfig(
-        vocabulary=211,
-        hidden=32,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_size=12,
-        feed_forward=48,
-        max_positions=64,
-        std=0.3,
-        rope=RopeConfig(scaling="llama3", factor=4.0, original=16),
+    "llama": LLAMA,
+    "mistral": dataclasses.replace(LLAMA, family="mistral", kv_heads=1, window=5, rope=RopeConfig()),
+    "qwen2": dataclasses.replace(
+        LLAMA, family="qwen2", head_size=8, qkv_bias=True, tied=True, window=7, window_layers=(1,), rope=RopeConfig()
     ),
-    "mistral": DecoderConfig(
-        family="mistral", vocabulary=97, hidden=32, layers=2, heads=4, kv_heads=1, feed_forward=48, window=5, std=0.3
-    ),
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", head_size=24, qk_norm=True, rope=RopeConfig()),
     "gpt2": DecoderConfig(
         family="gpt2",
         vocabulary=211,
@@ -47,11 +55,12 @@ MODELS = {
         out_bias=True,
         mlp_bias=True,
         positions="learned",
-        max_positions=64,
+        max_positions=128,
         tied=True,
         std=0.3,
     ),
 }
+END = 5
 
 
 @pytest.fixture(scope="module")
@@ -60,78 +69,156 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     for name, config in MODELS.items():
         model = build_model(config, Build(mesh=Mesh.single()), seed=7)
-        save_model(model, Mesh.single(), root / name, eos=5)
+        save_model(model, Mesh.single(), root / name, eos=END)
     return {name: root / name for name in MODELS}
 
 
-def prompts(vocabulary: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(6, vocabulary, (n,), generator=generator).tolist() for n in (1, 9, 17, 3, 30, 2, 12)]
+def work(count: int = 200) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Mixed requests; every fourth begins as the one before does."""
+    draw = random.Random(3)
+    prompts: list[list[int]] = []
+    for index in range(count):
+        own = [draw.randrange(6, 211) for _ in range(draw.choice((1, 2, 3, 9, 17, 30, 33, 48)))]
+        prompts.append(prompts[-1][: draw.randint(1, 40)] + own[:20] if index % 4 == 3 else own)
+    return prompts, [SamplingParams(max_tokens=draw.randint(1, 24)) for _ in prompts]
 
 
-def expected(folder: Path, most: int) -> list[list[int]]:
-    """What `transformers` generates, one prompt at a time, without the end-of-text token."""
+def generated(folder: str | Path, mesh: Mesh | None = None, count: int = 200, **options: Any) -> list[list[int]]:
+    """Tokens of all requests, with the end-of-text token where there was one."""
+    llm = LLM(folder, mesh=mesh, config=config_of(**options))
+    completions = llm.generate(*work(count))
+    llm.engine.scheduler.check()
+    again = llm.generate(*work(count)) if options.get("warm") else completions
+    assert [c.tokens for c in again] == [c.tokens for c in completions]
+    if options.get("few") and any(group.window is None for group in llm.engine.scheduler.groups):
+        assert llm.engine.stats.recomputed + llm.engine.stats.swaps > 0, "nothing was preempted"
+    if options.get("warm"):
+        assert llm.engine.stats.hits > 0, "nothing was found in the cache"
+    return [[*c.tokens, *([END] if c.finish_reason == "stop" else [])] for c in completions]
+
+
+def config_of(
+    *,
+    page: int = 16,
+    chunk: int = 0,
+    budget: int = 2048,
+    running: int = 256,
+    prefix: bool = False,
+    few: float = 0.0,
+    swap: bool = False,
+    warm: bool = False,
+    overlap: bool = False,
+) -> EngineConfig:
+    """An engine with little memory if ``few`` KiB are given."""
+    memory = {"memory_gib": few / 2**20, "host_gib": 2 * few / 2**20 if swap else 0.0} if few else {"memory_gib": 0.01}
+    return EngineConfig(
+        cache=CacheConfig(**memory),
+        scheduler=SchedulerConfig(
+            page_size=page,
+            chunk=chunk,
+            budget=budget,
+            requests=min(budget, running),
+            prefix_cache=prefix or warm,
+            horizon=1,
+            preemption="swap" if swap else "auto",
+        ),
+        overlap="on" if overlap else "off",
+    )
+
+
+def assert_greedy(folder: Path, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> None:
+    """Every token is what `transformers` finds likeliest after all before it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    results = []
-    for ids in prompts(model.config.vocab_size):
-        out = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=most,
-            do_sample=False,
-            pad_token_id=0,
-        )[0, len(ids) :]
-        results.append([token for token in out.tolist() if token != 5])
-    return results
+    texts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, found, strict=True)]
+    longest = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    with torch.inference_mode():
+        best = model(ids, attention_mask=mask).logits.argmax(-1).tolist()
+    for prompt, tokens, row in zip(prompts, found, best, strict=True):
+        assert row[len(prompt) - 1 : len(prompt) - 1 + len(tokens)] == list(tokens)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one token pages": {"page": 1},
+    "pages of 5, chunks of 7": {"page": 5, "chunk": 7},
+    "small budget": {"budget": 11, "running": 3},
+    "prefix cache, cold": {"prefix": True, "page": 4},
+    "prefix cache, warm": {"warm": True, "page": 4, "chunk": 9},
+    "preempted, recomputed": {"few": 130, "page": 4},
+    "preempted, swapped": {"few": 130, "page": 4, "swap": True, "prefix": True},
+    "planned ahead": {"overlap": True, "prefix": True, "page": 3, "few": 160},
+}
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize(("budget", "requests"), [(2048, 256), (7, 3)])
-def test_greedy_tokens_are_those_of_transformers(
-    folders: dict[str, Path], name: str, budget: int, requests: int
-) -> None:
-    llm = LLM(folders[name], budget=budget, requests=requests)
-    completions = llm.generate(prompts(MODELS[name].vocabulary), SamplingParams(max_tokens=20))
-    assert [list(completion.tokens) for completion in completions] == expected(folders[name], 20)
-    assert all(completion.finish_reason in ("stop", "length") for completion in completions)
-    assert all(not core._kept for core in llm._cores)
+def test_greedy_tokens_are_those_of_transformers(folders: dict[str, Path], name: str) -> None:
+    found = generated(folders[name])
+    prompts, params = work()
+    assert_greedy(folders[name], prompts, found)
+    for tokens, own in zip(found, params, strict=True):
+        assert END not in tokens[:-1]
+        assert len(tokens) == own.max_tokens or tokens[-1] == END
+    for way, options in WAYS.items():
+        assert generated(folders[name], **options) == found, way
 
 
-def generate_at(folder: str, tp: int, vocabulary: int) -> list[list[int]]:
+def test_greedy_tokens_are_those_of_generate(folders: dict[str, Path]) -> None:
+    """The same by the peer's own loop, for some."""
+    model = AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32).eval()
+    prompts, params = work(12)
+    for prompt, own, found in zip(prompts, params, generated(folders["llama"], count=12), strict=True):
+        ids, mask = torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long)
+        options = {"max_new_tokens": own.max_tokens, "do_sample": False, "pad_token_id": 0}
+        out = model.generate(ids, attention_mask=mask, **options)
+        assert out[0, len(prompt) :].tolist() == found
+
+
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    2: [{"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}],
+    4: [{"tp": 2, "pp": 2}, {"tp": 4}, {"dp": 2, "tp": 2}],
+}
+LAYOUT_WAYS: list[dict[str, Any]] = [
+    {"budget": 40, "running": 12, "overlap": True},
+    {"few": 170, "page": 4, "warm": True, "swap": True},
+]
+
+
+def check_layouts(folder: str, layouts: list[dict[str, Any]], ways: list[dict[str, Any]]) -> list[list[list[int]]]:
     """On the ranks: the tokens that every rank sees."""
-    llm = LLM(folder, mesh=Mesh.build(Layout(tp=tp, sequence_parallel=False)), budget=11)
-    completions = llm.generate(prompts(vocabulary), SamplingParams(max_tokens=12))
-    return [list(completion.tokens) for completion in completions]
+    found = []
+    for degrees in layouts:
+        mesh = Mesh.build(Layout(**{"sequence_parallel": False, **degrees}))
+        for options in ways:  # a rank has a part of each page, so that less memory is as little
+            less = options | ({"few": options["few"] / mesh.tp.size / mesh.pp.size} if "few" in options else {})
+            found.append(generated(folder, mesh, 40, **(less if mesh.dp.size == 1 else {})))
+    return found
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_the_tokens_do_not_depend_on_the_layout(ranks: Any, folders: dict[str, Path], name: str) -> None:
-    want = expected(folders[name], 12)
-    for tp in (2, 4):
-        results = ranks.run(generate_at, world=tp, folder=str(folders[name]), tp=tp, vocabulary=MODELS[name].vocabulary)
-        assert results == [want] * tp
+@pytest.mark.parametrize("world", list(LAYOUTS))
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_the_tokens_do_not_depend_on_the_layout(ranks: Ranks, folders: dict[str, Path], name: str, world: int) -> None:
+    want = generated(folders[name], count=40)
+    options = {"folder": str(folders[name]), "layouts": LAYOUTS[world], "ways": LAYOUT_WAYS}
+    for rank in ranks.run(check_layouts, world=world, **options):
+        assert all(found == want for found in rank)
 
 
 def test_bad_prompts_are_refused_all_at_once(folders: dict[str, Path]) -> None:
     llm = LLM(folders["gpt2"])
-    with pytest.raises(DataError) as caught:
-        llm.generate([[], [1, 211], [-1], [3] * 60, [4]], SamplingParams(max_tokens=10))
+    with pytest.raises(RequestError) as caught:
+        llm.generate([[], [1, 211], [-1], [3] * 120, [4]], SamplingParams(max_tokens=10))
     assert len(caught.value.problems) == 4
-    assert "token id 211 is outside the vocabulary of 211" in caught.value.problems[1]
+    assert "token id 211 of the prompt is outside the vocabulary of 211" in caught.value.problems[1]
+    assert "120 tokens of the prompt and max_tokens = 10 exceed the context of 128" in caught.value.problems[3]
     with pytest.raises(DataError, match="no tokenizer"):
         llm.generate(["text"])
-    with pytest.raises(ConfigError) as caught_config:
-        llm.generate([[1]], SamplingParams(max_tokens=0, temperature=1.0))
-    assert len(caught_config.value.problems) == 2
+    with pytest.raises(RequestError) as caught_params:
+        llm.generate([[1]], SamplingParams(max_tokens=0, temperature=-1.0))
+    assert len(caught_params.value.problems) == 2
+    assert llm.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens, "nothing is left behind"
 
 
-def test_a_step_closes_the_gap_within_its_budget() -> None:
-    requests = [Request(i, [0] * n, n, SamplingParams(max_tokens=2)) for i, n in enumerate((5, 4, 3))]
-    steps = [[tuple(piece[1:]) for piece in plan(requests, 6, 2)]]
-    assert steps[0] == [(0, 5), (0, 1)]
-    requests[0].computed, requests[1].computed = 5, 1
-    requests[0].commit(1, (9,))
-    assert [tuple(piece[1:]) for piece in plan(requests, 6, 2)] == [(5, 6), (1, 4)]
-    requests[0].commit(9, (9,))
-    assert requests[0].finished == "stop"
-    assert [piece.request.id for piece in plan(requests, 6, 2)] == [1, 2]
+def test_memory_for_less_than_one_sequence_is_refused_with_the_numbers(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"not enough memory for one sequence: 128 tokens need .* KiB"):
+        LLM(folders["llama"], config=config_of(few=1))

@@ -282,9 +282,7 @@ def vocab_parallel_linear_cross_entropy(
     terms = _Terms(axis, vocabulary or weight_VD.shape[0] * axis.size, label_smoothing, z_loss, method)
     _check(labels_T, terms.vocabulary)
     head = _Head(terms, scale, block, sequence_parallel, Deferral() if deferral is None else deferral)
-    if not torch.is_grad_enabled():
-        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
-    trains = x_TD.requires_grad or weight_VD.requires_grad
+    trains = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
     short = trains and labels_T.shape[0] <= x_TD.shape[1]
     function = _ShortLinearCrossEntropy if short else _LinearCrossEntropy
     return LossSum(*comm.apply(function, x_TD, weight_VD, labels_T, head))

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from parallel.kernels.product import linear_product
+from parallel.kernels.product import linear_product, pack, packed_product
 
-__all__ = ["Dense", "LinearMethod", "LinearProduct"]
+__all__ = ["Dense", "LinearMethod", "LinearProduct", "Packed"]
 
 
 class LinearMethod(Protocol):
@@ -49,6 +49,27 @@ class Dense:
 
     def weight_gradient(self, gy_TO: Tensor, x_TI: Tensor) -> Tensor:
         return gy_TO.t() @ x_TI
+
+
+class Packed(Dense):
+    """A weight that is only multiplied with: after :meth:`finish` in the order in which the processor does so."""
+
+    def __init__(self) -> None:
+        self._packed: Tensor | None = None
+
+    def finish(self, weight: Tensor, *, keep: bool) -> None:
+        """The weight is loaded.
+
+        Args:
+            keep: leave the weight as it is as well: somebody else reads it (a tied embedding).
+        """
+        self._packed = pack(weight)
+        if self._packed is not None and not keep:
+            weight.data = weight.data.new_empty(0)
+
+    def product(self, x_TI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+        packed = self._packed
+        return super().product(x_TI, weight, bias_O) if packed is None else packed_product(x_TI, packed, bias_O)
 
 
 class LinearProduct(torch.autograd.Function):

@@ -1,0 +1,387 @@
+/* Attention of packed queries to paged keys and values, and the writing of new ones.
+ *
+ * A row is one query head of one token. Its keys are taken in tiles of TILE at absolute positions, tiles in splits of
+ * SPLIT, each with its own running maximum; splits are merged from the first to the last. So the bits of a row do not
+ * depend on other rows, on how its request was cut into chunks, on the page size or on the number of threads.
+ *
+ * Computed in float, or with -DWIDE in double. The vectors are the compiler's, so one text serves every processor. */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef WIDE
+#define SIZE 8
+typedef double REAL;
+typedef int64_t INT;
+enum { MANTISSA = 52, TERMS = 13, LEAST = -1022 };
+#else
+#define SIZE 4
+typedef float REAL;
+typedef int32_t INT;
+enum { MANTISSA = 23, TERMS = 7, LEAST = -126 };
+#endif
+#ifdef __AVX512F__
+#define WIDTH 64
+enum { ROWS = 4 }; /* share each value that is loaded; their sums must fit into the registers */
+#else
+#define WIDTH 32
+enum { ROWS = 2 };
+#endif
+enum { LANES = WIDTH / SIZE, TILE = 32, RUN = 16, SPLIT = 512, BLOCK = 64 };
+enum { F32, BF16, F64, INT8, FP8 };
+typedef REAL vec __attribute__((vector_size(WIDTH), aligned(SIZE), may_alias));
+typedef INT ivec __attribute__((vector_size(WIDTH), aligned(SIZE), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define AT(pointer) (*(vec *)(pointer))
+#define LOW ((REAL)-1e30) /* below every score; finite, so that LOW - LOW is 0 */
+
+/* Mirrored by cpu.py; of two, the first is of keys and the second of values. All strides are in bytes. */
+typedef struct {
+    const char *q, *fresh[2];
+    char *out, *held[2], *scales[2];
+    const int32_t *table, *context, *starts;
+    const int64_t *slots;
+    int64_t q_token, q_head, fresh_token[2], fresh_head[2], page, page_head, scale_page, scale_head, table_row;
+    int64_t requests, tokens, heads, kv_heads, size, pages, page_size, window, type, stored, threads;
+    int64_t failed; /* 1: a table or slot names no page of ours; 2: memory is short */
+    double scale;
+} Job;
+
+typedef struct { /* one thread's memory */
+    int64_t rows, padded, state, request;
+    REAL *q, *tile[2], *scale[2], *scores, *total, *part;
+    const REAL *run[2][TILE / RUN]; /* where each RUN keys and values of the tile are */
+} View;
+
+/* How a request is cut: `block` queries a unit; or, if that is all of them, a unit for each split of [begin, end). */
+typedef struct { int64_t share, block, queries, before, begin, end, apart, first_unit, room; } Cut;
+
+typedef struct Shared { /* what threads take units from */
+    Job *job;
+    void (*work)(struct Shared *, View *, int64_t);
+    int64_t count, next;
+    Cut *cuts;
+    int32_t *done; /* of each request and head: how many splits are in `parts` */
+    REAL *parts;
+} Shared;
+
+/* Lanes of two vectors, by index: clang and gcc spell it differently. */
+#define FOUR(F, w, i) F(i, w), F(i + 1, w), F(i + 2, w), F(i + 3, w)
+#if WIDTH / SIZE == 16
+#define INDICES(F, w) FOUR(F, w, 0), FOUR(F, w, 4), FOUR(F, w, 8), FOUR(F, w, 12)
+#elif WIDTH / SIZE == 8
+#define INDICES(F, w) FOUR(F, w, 0), FOUR(F, w, 4)
+#else
+#define INDICES(F, w) FOUR(F, w, 0)
+#endif
+#ifdef __clang__
+#define PICK(a, b, F, w) __builtin_shufflevector(a, b, INDICES(F, w))
+#else
+#define PICK(a, b, F, w) __builtin_shuffle(a, b, (ivec){INDICES(F, w)})
+#endif
+#define SWAP(i, w) (((i) ^ (w)) % LANES)
+#define LEFT(i, w) (((i) & (w) ? LANES + (i) - (w) : (i)) % (2 * LANES))
+#define RIGHT(i, w) (((i) & (w) ? LANES + (i) : (i) + (w)) % (2 * LANES))
+#define STAGES(DO) DO(1) DO(2) DO(4) DO(8)
+
+INLINE vec larger(vec a, vec b) {
+    ivec first = a > b;
+    return (vec)((first & (ivec)a) | (~first & (ivec)b));
+}
+
+#define LARGER(w) if (LANES > w) v = larger(v, PICK(v, v, SWAP, w));
+INLINE REAL largest(vec v) { STAGES(LARGER) return v[0]; }
+
+#define SUM(w) if (LANES > w) v += PICK(v, v, SWAP, w);
+INLINE REAL total(vec v) { STAGES(SUM) return v[0]; }
+
+/* 2^x for x <= 0: a power of two times the series of 2^f, |f| <= 1/2. Exactly 1 at 0; NaN stays NaN. */
+INLINE vec power(vec x) {
+    static const REAL c[] = {1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477,
+        0.0013333558146428443, 0.0001540353039338161, 1.5252733804059841e-05, 1.3215486790144307e-06,
+        1.0178086009239699e-07, 7.054911620801121e-09, 4.445538271870811e-10, 2.5678435993488205e-11,
+        1.3691488853904128e-12};
+    const REAL magic = (REAL)1.5 * (REAL)(1ll << MANTISSA); /* adding it rounds to a whole number, in the low bits */
+    vec whole = x + magic, f = x - (whole - magic), y = f * c[TERMS] + c[TERMS - 1];
+    for (int i = TERMS - 2; i >= 0; i--) y = y * f + c[i];
+    y = (vec)((ivec)y + ((ivec)whole << MANTISSA)) + (x - x);
+    return (vec)((ivec)y & ~(x < (REAL)LEAST));
+}
+
+INLINE REAL power1(REAL x) { return power((vec){0} + x)[0]; }
+
+INLINE float real_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+INLINE float from_e4m3(uint32_t b) { /* the exponent's bias grows by 120; below 2^-6 the steps are even */
+    float magnitude = (b & 0x7f) < 8 ? (float)(int32_t)(b & 7) / 512 : real_of(((b & 0x7f) << 20) + (120u << 23));
+    return b & 0x80 ? -magnitude : magnitude;
+}
+
+INLINE uint8_t to_e4m3(float x) { /* to nearest, ties to even; x is within +-448 or NaN */
+    uint32_t bits = bits_of(x) & 0x7fffffff, low = bits_of(real_of(bits) + 16384.0f); /* whose last bit is 2^-9 */
+    uint32_t normal = (bits - (120u << 23) + 0x7ffff + (bits >> 20 & 1)) >> 20;
+    return (uint8_t)(bits_of(x) >> 31 << 7 | (real_of(bits) < 0.015625f ? low & 0xf : normal > 0x7e ? 0x7f : normal));
+}
+
+INLINE uint16_t to_bf16(float x) {
+    return (uint16_t)(x != x ? 0x7fc0 : (bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1)) >> 16);
+}
+
+static int64_t bytes_of(int64_t type) { return type == F64 ? 8 : type == F32 ? 4 : type == BF16 ? 2 : 1; }
+
+#define EACH(FROM, TO, value) \
+    for (int64_t i = 0; i < n; i++) { FROM x = ((const FROM *)from)[i]; ((TO *)to)[i] = (TO)(value); } break;
+
+static void widen(const void *from, int64_t type, int64_t n, REAL *to) {
+    switch (type) {
+    case F32: EACH(float, REAL, x)
+    case F64: EACH(double, REAL, x)
+    case BF16: EACH(uint16_t, REAL, real_of((uint32_t)x << 16))
+    case INT8: EACH(int8_t, REAL, x)
+    default: EACH(uint8_t, REAL, from_e4m3(x))
+    }
+}
+
+static void narrow(const REAL *from, int64_t type, int64_t n, void *to) {
+    switch (type) {
+    case F32: EACH(REAL, float, x)
+    case F64: EACH(REAL, double, x)
+    case BF16: EACH(REAL, uint16_t, to_bf16((float)x))
+    case INT8: EACH(REAL, int8_t, rintf((float)x))
+    default: EACH(REAL, uint8_t, to_e4m3((float)x))
+    }
+}
+
+/* New keys and values into their places; in int8 and e4m3 as multiples of a scale of their own. */
+static void write_tokens(Shared *s, View *w, int64_t index) {
+    const Job *j = s->job;
+    int64_t row = j->size * bytes_of(j->stored), stop = index * RUN + RUN < j->tokens ? index * RUN + RUN : j->tokens;
+    for (int64_t t = index * RUN; t < stop; t++) {
+        int64_t page = j->slots[t] / j->page_size, place = j->slots[t] % j->page_size;
+        if (j->slots[t] < 0 || page >= j->pages) s->job->failed = 1;
+        for (int64_t i = 0; i < 2 * j->kv_heads && !j->failed; i++) {
+            int64_t side = i % 2, h = i / 2;
+            const char *from = j->fresh[side] + t * j->fresh_token[side] + h * j->fresh_head[side];
+            char *to = j->held[side] + page * j->page + h * j->page_head + place * row;
+            if (j->stored < INT8) {
+                memcpy(to, from, (size_t)row);
+                continue;
+            }
+            float top = 0, *scale = (float *)(j->scales[side] + page * j->scale_page + h * j->scale_head) + place;
+            widen(from, j->type, j->size, w->q);
+            for (int64_t d = 0; d < j->size; d++) top = fabsf((float)w->q[d]) <= top ? top : fabsf((float)w->q[d]);
+            *scale = top / (j->stored == INT8 ? 127.0f : 448.0f);
+            for (int64_t d = 0; d < j->size; d++) w->q[d] = (float)w->q[d] / (*scale > 0 ? *scale : 1.0f);
+            narrow(w->q, j->stored, j->size, to);
+        }
+    }
+}
+
+static void merge(const View *w, REAL *into, const REAL *from) {
+    REAL *m = into + w->rows * w->padded, *l = m + w->rows;
+    const REAL *m2 = from + w->rows * w->padded, *l2 = m2 + w->rows;
+    for (int64_t r = 0; r < w->rows; r++) {
+        REAL top = m[r] > m2[r] ? m[r] : m2[r], a = power1(m[r] - top), b = power1(m2[r] - top);
+        m[r] = top, l[r] = l[r] * a + l2[r] * b;
+        for (int64_t i = r * w->padded; i < (r + 1) * w->padded; i++) into[i] = into[i] * a + from[i] * b;
+    }
+}
+
+/* Keys and values [first, last) of a tile, in the page where that will do; what lies around them is never used. */
+static void load(Job *j, View *w, int64_t head, int64_t tile, int64_t first, int64_t last) {
+    int64_t row = j->size * bytes_of(j->stored), dense = j->size == w->padded;
+    int64_t in_place = dense && j->page_size % RUN == 0 && j->stored == (SIZE == 4 ? F32 : F64);
+    for (int64_t i = 0; i < 2 * (TILE / RUN); i++) w->run[i % 2][i / 2] = w->tile[i % 2] + i / 2 * RUN * w->padded;
+    for (int64_t at = first, stop; at < last; at = stop) {
+        int64_t page = j->table[w->request * j->table_row + at / j->page_size], place = at % j->page_size;
+        stop = at - place + j->page_size < last ? at - place + j->page_size : last;
+        if (page < 0 || page >= j->pages) j->failed = 1;
+        for (int side = 0; side < 2 && !j->failed; side++) {
+            const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
+            REAL *to = w->tile[side] + (at - tile) * w->padded;
+            for (int64_t i = (at - tile) / RUN; in_place && i * RUN < stop - tile; i++)
+                w->run[side][i] = (const REAL *)(from + (tile + i * RUN - at) * row);
+            int64_t count = in_place ? 0 : dense ? 1 : stop - at, n = dense ? j->size * (stop - at) : j->size;
+            for (int64_t i = 0; i < count; i++) widen(from + i * row, j->stored, n, to + i * w->padded);
+            if (j->stored >= INT8)
+                widen(j->scales[side] + page * j->scale_page + head * j->scale_head + place * 4, F32, stop - at,
+                      w->scale[side] + at - tile);
+        }
+    }
+}
+
+/* Products of one query with LANES keys: each key's in its own vector, then all vectors summed by one tree. */
+#define PAIRS(w) for (int i = 0; i < LANES / 2 / w; i++) \
+    a[i] = PICK(a[2 * i], a[2 * i + 1], LEFT, w) + PICK(a[2 * i], a[2 * i + 1], RIGHT, w);
+INLINE vec products(const REAL *q, const REAL *k, int64_t padded) {
+    vec a[LANES] = {0};
+    for (int64_t h = 0; h < padded; h += LANES)
+        for (int i = 0; i < LANES; i++) a[i] += AT(q + h) * AT(k + i * padded + h);
+    STAGES(PAIRS)
+    return a[0];
+}
+
+/* One row's weights of keys [low, high) of a tile, 0 for others; returns what its sums so far are to be multiplied by. */
+INLINE REAL weigh(const View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, int64_t high) {
+    vec top = (vec){0} + *m, sum = {0};
+    for (int64_t c = 0; c < TILE; c += LANES) {
+        vec s = {0};
+        if (c < high && c + LANES > low)
+            s = products(w->q + row * w->padded, w->run[0][c / RUN] + c % RUN * w->padded, w->padded);
+        AT(p + c) = s * AT(w->scale[0] + c);
+    }
+    for (int64_t c = 0; c < TILE; c++) p[c] = c >= low && c < high ? p[c] : -(REAL)INFINITY;
+    for (int64_t c = 0; c < TILE; c += LANES) top = larger(top, AT(p + c));
+    REAL most = largest(top), factor = power1(*m - most);
+    for (int64_t c = 0; c < TILE; c += LANES) {
+        vec x = power(AT(p + c) - most);
+        sum += x;
+        AT(p + c) = x * AT(w->scale[1] + c);
+    }
+    *l = *l * factor + total(sum), *m = most;
+    return factor;
+}
+
+/* Add values [low, high) of a tile to the sums of `rows` rows, `wide` vectors at a time. */
+INLINE void add_block(const View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int64_t h, int rows,
+                      int wide) {
+    vec a[ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < wide; i++) a[r][i] = AT(sums + r * w->padded + h + i * LANES) * factor[r];
+    for (int64_t c = low; c < high; c++)
+        for (int i = 0; i < wide; i++) {
+            vec x = AT(w->run[1][c / RUN] + c % RUN * w->padded + h + i * LANES);
+            for (int r = 0; r < rows; r++) a[r][i] += x * w->scores[r * TILE + c];
+        }
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < wide; i++) AT(sums + r * w->padded + h + i * LANES) = a[r][i];
+}
+
+INLINE void add_values(const View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int rows) {
+    int64_t h = 0;
+    for (; h + 4 * LANES <= w->padded; h += 4 * LANES) add_block(w, sums, factor, low, high, h, rows, 4);
+    for (; h < w->padded; h += LANES) add_block(w, sums, factor, low, high, h, rows, 1);
+}
+
+/* One tile, loaded, for all rows of a unit; `seen` is the position of its first query. */
+static void attend_tile(const Job *j, const View *w, REAL *state, int64_t tile, int64_t seen) {
+    int64_t share = j->heads / j->kv_heads;
+    REAL *m = state + w->rows * w->padded, *l = m + w->rows, factor[ROWS];
+    for (int64_t row = 0; row < w->rows; row += ROWS) {
+        int64_t n = w->rows - row < ROWS ? w->rows - row : ROWS, low = TILE, high = 0;
+        if (seen + (row + n - 1) / share < tile) continue;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t at = seen + (row + i) / share - tile, end = at < 0 ? 0 : at < TILE ? at + 1 : TILE;
+            int64_t begin = j->window && at >= j->window ? at - j->window + 1 : 0;
+            REAL *p = w->scores + i * TILE;
+            factor[i] = weigh(w, row + i, p, m + row + i, l + row + i, begin, end);
+            low = begin < low ? begin : low, high = end > high ? end : high;
+        }
+        REAL *sums = state + row * w->padded;
+        if (n == 1) add_values(w, sums, factor, low, high, 1);
+        else if (n == 2) add_values(w, sums, factor, low, high, 2);
+        else if (n == 3) add_values(w, sums, factor, low, high, 3 % (ROWS + 1));
+        else add_values(w, sums, factor, low, high, ROWS);
+    }
+}
+
+static void attend(Shared *s, View *w, int64_t index) {
+    Job *j = s->job;
+    int64_t unit = s->count - 1 - index; /* from the last, which tends to be the longest */
+    while (s->cuts[w->request].first_unit > unit) w->request--;
+    Cut c = s->cuts[w->request];
+    unit -= c.first_unit;
+    int64_t head = unit % j->kv_heads, piece = unit / j->kv_heads;
+    int64_t skipped = c.apart ? 0 : piece * c.block, start = j->starts[w->request] + skipped, seen = c.before + skipped;
+    int64_t queries = c.queries - skipped < c.block ? c.queries - skipped : c.block, begin = c.begin, end = c.end;
+    if (c.apart) begin += piece, end = begin + 1;
+    w->rows = queries * c.share, w->state = w->rows * (w->padded + 2);
+    for (int64_t r = 0; r < w->rows; r++) {
+        const char *from = j->q + (start + r / c.share) * j->q_token + (head * c.share + r % c.share) * j->q_head;
+        widen(from, j->type, j->size, w->q + r * w->padded);
+        for (int64_t i = 0; i < j->size; i++) w->q[r * w->padded + i] *= (REAL)j->scale;
+    }
+    REAL *parts = s->parts + c.room + head * (c.end - c.begin) * w->state;
+    REAL *sums = c.apart ? parts + piece * w->state : w->total;
+    for (int64_t split = begin, some = 0; split < end; split++) {
+        int64_t first = split * SPLIT, last = first + SPLIT;
+        if (j->window && seen - j->window + 1 > first) first = seen - j->window + 1;
+        if (last > seen + queries) last = seen + queries;
+        REAL *into = some ? w->part : sums;
+        memset(into, 0, sizeof(REAL) * (size_t)w->state);
+        for (int64_t r = 0; r < w->rows; r++) into[w->rows * w->padded + r] = LOW;
+        for (int64_t tile = first / TILE * TILE; tile < last; tile += TILE) {
+            load(j, w, head, tile, first > tile ? first : tile, last < tile + TILE ? last : tile + TILE);
+            attend_tile(j, w, into, tile, seen);
+        }
+        if (some++) merge(w, sums, into);
+    }
+    if (c.apart) { /* whoever comes last merges, in the same order as always */
+        int32_t *done = s->done + w->request * j->kv_heads + head;
+        if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < c.end - c.begin) return;
+        sums = parts;
+        for (int64_t split = 1; split < c.end - c.begin; split++) merge(w, sums, parts + split * w->state);
+    }
+    for (int64_t r = 0; r < w->rows; r++) {
+        int64_t to = (start + r / c.share) * j->heads + head * c.share + r % c.share;
+        for (int64_t i = 0; i < j->size; i++) sums[r * w->padded + i] /= sums[w->rows * (w->padded + 1) + r];
+        narrow(sums + r * w->padded, j->type, j->size, j->out + to * j->size * bytes_of(j->type));
+    }
+}
+
+static void *take(void *argument) {
+    Shared *s = argument;
+    int64_t rows = s->cuts->block * s->cuts->share, h = (s->job->size + LANES - 1) / LANES * LANES;
+    REAL *at = calloc((size_t)(h * (3 * rows + 2 * TILE) + 4 * rows + (ROWS + 2) * TILE), sizeof(REAL));
+    View w = {.padded = h, .request = s->job->requests - 1, .q = at, .total = at + rows * h};
+    w.part = w.total + rows * (h + 2), w.tile[0] = w.part + rows * (h + 2), w.tile[1] = w.tile[0] + TILE * h;
+    w.scale[0] = w.tile[1] + TILE * h, w.scale[1] = w.scale[0] + TILE, w.scores = w.scale[1] + TILE;
+    if (!at) s->job->failed = 2;
+    for (int64_t i = 0; at && i < 2 * TILE; i++) w.scale[0][i] = 1;
+    for (int64_t i; at && (i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->count;) s->work(s, &w, i);
+    free(at);
+    return 0;
+}
+
+/* Do all units. Without OpenMP threads are started each time: a pool would not survive a fork. */
+static void share_out(Shared *s) {
+    int threads = (int)(s->job->threads < s->count ? s->job->threads : s->count);
+    s->next = 0;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    take(s);
+#else
+    pthread_t started[64];
+    int n = 0;
+    while (n < threads - 1 && n < 64 && !pthread_create(started + n, 0, take, s)) n++;
+    take(s);
+    while (n > 0) pthread_join(started[--n], 0);
+#endif
+}
+
+/* Write the new keys and values, then attend; returns `failed`. */
+int paged_attention(Job *j) {
+    int64_t padded = (j->size + LANES - 1) / LANES * LANES, share = j->heads / j->kv_heads, units = 0, room = 0;
+    Cut *cuts = malloc((size_t)j->requests * sizeof(Cut));
+    int32_t *done = calloc((size_t)(j->requests * j->kv_heads), sizeof(int32_t));
+    for (int64_t r = 0; cuts && r < j->requests; r++) {
+        Cut c = {share, share > BLOCK ? 1 : BLOCK / share, j->starts[r + 1] - j->starts[r]};
+        c.before = j->context[r] - c.queries, c.first_unit = units, c.room = room;
+        c.begin = j->window && c.before >= j->window ? (c.before - j->window + 1) / SPLIT : 0;
+        c.end = (j->context[r] - 1) / SPLIT + 1, c.apart = c.queries <= c.block && c.end - c.begin > 1;
+        units += j->kv_heads * (c.apart ? c.end - c.begin : (c.queries + c.block - 1) / c.block);
+        room += c.apart * (c.end - c.begin) * j->heads * c.queries * (padded + 2);
+        cuts[r] = c;
+    }
+    REAL *parts = malloc((size_t)(room + 1) * sizeof(REAL));
+    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, cuts, done, parts};
+    j->failed = cuts && done && parts ? 0 : 2;
+    if (!j->failed) share_out(&s);
+    s.work = attend, s.count = units;
+    if (!j->failed) share_out(&s);
+    free(cuts), free(done), free(parts);
+    return (int)j->failed;
+}

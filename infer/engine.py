@@ -1,0 +1,207 @@
+"""The engine: requests in, tokens out; every rank of a replica makes the same steps."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from infer.completion import Event
+from infer.job import Job, Member
+from infer.limits import Limits
+from infer.params import SamplingParams
+from infer.request import Request, RequestError
+from infer.runner import Outcome, Prepared, Runner
+from infer.sampling import TokenLogProb
+from infer.scheduler import Scheduler, Stats
+from infer.text import Detokenizer, encode_bad_words
+from parallel.errors import refuse
+
+__all__ = ["Engine"]
+
+
+class _Flight(NamedTuple):
+    """A step that is under way."""
+
+    prepared: Prepared
+    members: list[Member]
+    outcome: Future[Outcome]
+
+
+class Engine:
+    """Continues many prompts at once, step by step.
+
+    Every rank of the replica makes one, and makes the same calls in the same order: each then comes to the same events.
+
+    Args:
+        scheduler: plans the steps.
+        runner: carries them out.
+        limits: what requests are held against.
+        detokenizer: None: there is no text.
+        overlap: plan the next step, and look at what the last one gave, while one is computed.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        limits: Limits,
+        detokenizer: Detokenizer | None = None,
+        *,
+        overlap: bool = True,
+    ) -> None:
+        self.scheduler, self.runner, self.limits = scheduler, runner, limits
+        self.detokenizer, self.overlap = detokenizer, overlap
+        self._jobs: dict[int, Job] = {}
+        self._members: dict[int, Member] = {}
+        self._next = 0
+        self._flight: _Flight | None = None
+        self._worker = ThreadPoolExecutor(1, "engine")
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._jobs) or self._flight is not None
+
+    @property
+    def stats(self) -> Stats:
+        """Of the scheduler."""
+        return self.scheduler.stats
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        seed: int | None = None,
+    ) -> int:
+        """Queue a prompt; its number, by which its events are known.
+
+        Args:
+            prompt: token ids.
+            params: how to continue it.
+            priority: the lower, the sooner.
+            salt: prompts with different salts share no cached pages.
+            seed: where ``params`` has none; the same on every rank. None: drawn, which is for a single rank.
+
+        Raises:
+            RequestError: it cannot be continued, with every reason; nothing else is affected.
+        """
+        params = SamplingParams() if params is None else params
+        refuse(RequestError, self.limits.problems(prompt, params))
+        if params.bad_words:
+            params = encode_bad_words(params, self.detokenizer.tokenizer if self.detokenizer else None)
+        if seed is None:
+            seed = secrets.randbits(63)
+        seed = seed if params.seed is None else params.seed
+        job = Job(self._number(), prompt, params, seed=seed, detokenizer=self.detokenizer, ends=self.limits.ends)
+        request = Request(
+            job.id,
+            list(prompt),
+            len(prompt),
+            params,
+            priority=priority,
+            salt=salt,
+            most=len(prompt) + params.max_tokens,
+            reuse=params.prompt_logprobs is None,
+        )
+        self.scheduler.add(request)
+        self._jobs[job.id] = job
+        self._members[request.id] = job.join(request)
+        return job.id
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def abort(self, id: int) -> bool:
+        """End a prompt that is being continued, without an event; False: there is none with this number."""
+        job = self._jobs.pop(id, None)
+        if job is None:
+            return False
+        for member in job.members:
+            self._leave(member)
+            self.scheduler.abort(member.request.id)
+        return True
+
+    def step(self) -> list[Event]:
+        """Make one step, and tell what it gave; nothing if there is nothing to do."""
+        flight = self._flight or self._launch()
+        if flight is None:
+            return []
+        self._flight = self._launch() if self.overlap else None
+        try:
+            outcome = flight.outcome.result()
+        except BaseException:
+            self._flight = None
+            raise
+        return self._commit(flight, outcome)
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of the thread."""
+        self._worker.shutdown()
+
+    def _launch(self) -> _Flight | None:
+        """Plan a step, and begin it as soon as the one before is done."""
+        if not self.scheduler.requests:
+            return None
+        step = self.scheduler.plan()
+        members = [self._members[request.id] for request in step.requests[: step.samples]]
+        rows = [member.row(stop) for member, stop in zip(members, step.stops_R.tolist(), strict=False)]
+        prepared = self.runner.prepare(step, self.scheduler.tables, rows)
+        if self.overlap:
+            return _Flight(prepared, members, self._worker.submit(self.runner.execute, prepared))
+        done: Future[Outcome] = Future()
+        done.set_result(self.runner.execute(prepared))
+        return _Flight(prepared, members, done)
+
+    def _commit(self, flight: _Flight, outcome: Outcome) -> list[Event]:
+        """Give every request its token; end those that are done."""
+        step = flight.prepared.step
+        self.scheduler.commit(step, outcome.tokens, outcome.lost)
+        for run, scores in outcome.prompts.items():
+            member = self._members.get(step.requests[run].id)
+            if member is not None:
+                member.job.prompt_logprobs += scores
+        changes: dict[int, list[tuple[Member, str, tuple[int, ...], tuple[TokenLogProb, ...]]]] = {}
+        for run, (member, token) in enumerate(zip(flight.members, outcome.tokens, strict=True)):
+            if member.end is not None or member.request.id not in self._members:
+                continue  # it has ended since this step was planned
+            given = len(member.stream.tokens)
+            if token < 0:
+                member.end, member.job.error = "error", outcome.errors.get(run, "")
+                text = member.stream.close()
+            else:
+                logprob = outcome.logprobs.get(run)
+                text = member.take(token, logprob)
+                self._fork(member.job)
+            tokens = tuple(member.stream.tokens[given:])
+            logprobs = tuple(member.logprobs[given : given + len(tokens)])
+            changes.setdefault(member.job.id, []).append((member, text, tokens, logprobs))
+            if member.end is not None:
+                self._leave(member)
+                self.scheduler.finish(member.request, member.end, member.job.error)
+        return self._events(changes)
+
+    def _events(self, changes: dict[int, list]) -> list[Event]:
+        events: list[Event] = []
+        for id, own in changes.items():
+            job = self._jobs[id]
+            events += job.events(own)
+            if job.done:
+                del self._jobs[id]
+        return events
+
+    def _fork(self, job: Job) -> None:
+        """The prompt is computed: let the other samples begin."""
+        first = job.members[0]
+        while len(job.members) < job.params.samples:
+            request = self.scheduler.fork(first.request, self._number(), keep=len(job.prompt))
+            self._members[request.id] = job.join(request)
+
+    def _leave(self, member: Member) -> None:
+        self._members.pop(member.request.id, None)
+        self.runner.forget(member.request.id)

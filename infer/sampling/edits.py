@@ -1,0 +1,129 @@
+"""Stages 1 to 4 of :mod:`infer.params`: what is done to logits before any token is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from infer.sampling.history import History
+from infer.sampling.row import NUMBERS, Entry, Feature, Row
+
+__all__ = ["EDITED", "edit"]
+
+EDITED = (
+    Feature.BIAS
+    | Feature.PENALTY
+    | Feature.ALLOWED
+    | Feature.BANNED
+    | Feature.WORDS
+    | Feature.MINIMUM
+    | Feature.PROCESSOR
+)
+PRESENCE, FREQUENCY, REPETITION = (
+    NUMBERS.index(name) for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
+)
+NEVER = float("-inf")
+
+
+def edit(x_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History) -> dict[int, str]:
+    """Change logits in place as their requests ask; every row by itself.
+
+    Returns:
+        rows whose logits processor failed, and how; their logits are not to be used.
+    """
+    present = 0
+    for entry in entries:
+        present |= entry.features
+    if not present & EDITED:
+        return {}
+
+    def having(feature: int) -> list[int]:
+        return [i for i, entry in enumerate(entries) if entry.features & feature] if present & feature else []
+
+    if chosen := having(Feature.BIAS):
+        flat = _places(x_RV, chosen, entries, lambda entry: entry.bias_tokens)
+        x_RV.view(-1)[flat] += torch.cat([entries[i].bias_values for i in chosen])
+    if chosen := having(Feature.PENALTY):
+        _penalize(x_RV, chosen, entries, history)
+    if chosen := having(Feature.ALLOWED):
+        flat = _places(x_RV, chosen, entries, lambda entry: entry.allowed)
+        kept = x_RV.view(-1)[flat]
+        x_RV[chosen] = NEVER
+        x_RV.view(-1)[flat] = kept
+    if chosen := having(Feature.BANNED):
+        x_RV.view(-1)[_places(x_RV, chosen, entries, lambda entry: entry.banned)] = NEVER
+    if chosen := having(Feature.WORDS):
+        _ban_words(x_RV, chosen, entries, history)
+    if chosen := [i for i in having(Feature.MINIMUM) if rows[i].generated < rows[i].params.min_tokens]:
+        x_RV.view(-1)[_places(x_RV, chosen, entries, lambda entry: entry.stops)] = NEVER
+    return _process(x_RV, having(Feature.PROCESSOR), rows, entries)
+
+
+def _places(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], tokens: Callable[[Entry], Tensor]) -> Tensor:
+    """Where the tokens of some rows stand in ``x_RV.view(-1)``."""
+    parts = [tokens(entries[i]) for i in chosen]
+    starts = torch.tensor([i * x_RV.shape[1] for i in chosen], device=x_RV.device)
+    sizes = torch.tensor([part.numel() for part in parts], device=x_RV.device)
+    return torch.cat(parts) + starts.repeat_interleave(sizes, output_size=sum(part.numel() for part in parts))
+
+
+def _penalize(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], history: History) -> None:
+    """Repetition (Keskar et al., 1909.05858), then frequency and presence as in OpenAI's formula."""
+    rows = torch.tensor(chosen, device=x_RV.device)
+    tokens, counts = history.counts(torch.tensor([entries[i].slot for i in chosen], device=x_RV.device))
+    numbers = torch.tensor([entries[i].numbers for i in chosen], dtype=torch.float32, device=x_RV.device)
+    presence, frequency, repetition = (numbers[:, i : i + 1] for i in (PRESENCE, FREQUENCY, REPETITION))
+    flat = tokens + rows[:, None] * x_RV.shape[1]
+    x = x_RV.view(-1)[flat]
+    x = torch.where(x < 0, x * repetition, x / repetition)
+    x -= frequency * counts
+    x -= presence * (counts > 0)
+    x_RV.view(-1)[flat] = x
+
+
+def _ban_words(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], history: History) -> None:
+    """The last token of each sequence whose beginning was the end of the text so far."""
+    pairs = [(row, word) for row, i in enumerate(chosen) for word in entries[i].sequences]
+    longest = max(len(word) for _, word in pairs) - 1
+    tails = history.tails(torch.tensor([entries[i].slot for i in chosen], device=x_RV.device))[:, -longest:]
+    wanted = torch.tensor([[-2] * (longest - len(word) + 1) + list(word[:-1]) for _, word in pairs])
+    wanted = wanted.to(x_RV.device)
+    rows = torch.tensor([row for row, _ in pairs], device=x_RV.device)
+    flat = torch.tensor([chosen[row] * x_RV.shape[1] + word[-1] for row, word in pairs], device=x_RV.device)
+    match = ((tails[rows] == wanted) | (wanted == -2)).all(1)
+    # several words may end in the same token, and only some of them match: the smaller value stays
+    ban = torch.where(match, NEVER, torch.inf).to(x_RV.dtype)
+    x_RV.view(-1).scatter_reduce_(0, flat, ban, "amin")
+
+
+def _process(x_RV: Tensor, chosen: Sequence[int], rows: Sequence[Row], entries: Sequence[Entry]) -> dict[int, str]:
+    """The requests' own functions, each on a copy of its row."""
+    errors: dict[int, str] = {}
+    for i in chosen:
+        row, entry = rows[i], entries[i]
+        generated = _generated(row, entry)
+        for processor in row.params.logits_processors:
+            name = getattr(processor, "__qualname__", type(processor).__qualname__)
+            try:
+                out = processor(tuple(row.tokens[: row.prompt]), generated, x_RV[i].clone())
+            except Exception as error:  # noqa: BLE001 - whatever a request's own function raises ends that request alone
+                errors[i] = f"logits processor {name} raised {type(error).__name__}: {error}"
+                break
+            if not isinstance(out, Tensor) or out.shape != x_RV[i].shape or not out.is_floating_point():
+                got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+                errors[i] = f"logits processor {name} returned {got}, not {x_RV.shape[1]} floating-point logits"
+                break
+            x_RV[i] = out
+    return errors
+
+
+def _generated(row: Row, entry: Entry) -> tuple[int, ...]:
+    """What was generated so far; waits for the device if the last token is not known to the host yet."""
+    known = tuple(row.tokens[row.prompt : row.prompt + row.generated])
+    if len(known) < row.generated:
+        assert entry.late is not None, "a processor's request lacks a token"
+        tokens, place = entry.late
+        known += (int(tokens[place]),)
+    return known

@@ -1,0 +1,84 @@
+"""The sampler: logits of many requests in, a token of each out; what one asks for changes nothing for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from infer.sampling.batch import sample
+from infer.sampling.draw import first_largest
+from infer.sampling.history import History
+from infer.sampling.row import Entry, Feature, Kind, Row, compile_row
+from infer.sampling.sampled import Sampled, finished
+
+__all__ = ["Sampler"]
+
+CHUNK = 1 << 18  # numbers of a chunk of rows on a CPU, so that what is computed from them stays in its caches
+REMEMBERED = Feature.PENALTY | Feature.WORDS
+
+
+class Sampler:
+    """Samples one token for each row of logits, and keeps what penalties and bad words need of each request.
+
+    Args:
+        vocabulary: of the model.
+        ends: its end-of-text tokens.
+        device: where the logits are.
+        chunk: numbers that are computed at a time; None: what suits the device.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        ends: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+        chunk: int | None = None,
+    ) -> None:
+        self.vocabulary, self.ends, self.device = vocabulary, tuple(ends), torch.device(device)
+        self.chunk = chunk if chunk is not None else (CHUNK if self.device.type == "cpu" else 1 << 62)
+        self._entries: dict[int, Entry] = {}
+        self._history = History(vocabulary, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, logits_RV: Tensor, rows: Sequence[Row]) -> Sampled:
+        """Sample; the logits are left as they are.
+
+        Args:
+            logits_RV: the last logits of each request, the whole vocabulary; computed in float32.
+            rows: one a request; no request twice.
+        """
+        assert logits_RV.shape == (len(rows), self.vocabulary), f"{tuple(logits_RV.shape)} for {len(rows)} rows"
+        entries = [self._entries.get(row.id) or self._enter(row) for row in rows]
+        if all(entry.kind is Kind.PLAIN for entry in entries):
+            largest, tokens = first_largest(logits_RV)
+            return finished(tokens, largest)
+        return sample(logits_RV.float(), rows, entries, self._history, self.chunk)
+
+    def forget(self, request: int) -> None:
+        """Drop what is kept of a request; one that is not known is fine."""
+        entry = self._entries.pop(request, None)
+        if entry is not None and entry.slot >= 0:
+            self._history.release(entry.slot)
+
+    @torch.inference_mode()
+    def fork(self, request: int, new: int) -> None:
+        """Let a new request begin with the parameters and the history of another one."""
+        entry = self._entries.get(request)
+        if entry is None:
+            return  # nothing to copy yet: it is filled when its first row comes
+        slot = -1
+        if entry.slot >= 0:
+            slot = self._history.take_slot()
+            self._history.copy(entry.slot, slot)
+        self._entries[new] = replace(entry, slot=slot)
+
+    def _enter(self, row: Row) -> Entry:
+        entry = compile_row(row, vocabulary=self.vocabulary, ends=self.ends, device=self.device)
+        if entry.features & REMEMBERED:
+            entry.slot = self._history.take_slot()
+        self._entries[row.id] = entry
+        return entry
