@@ -22,7 +22,7 @@ from parallel.config import option
 from parallel.errors import ConfigError, nearest, refuse
 from parallel.mesh import Mesh
 from parallel.models.batch import Batch
-from parallel.models.build import Build
+from parallel.models.build import AttentionCore, Build, PackedAttention
 from parallel.models.config import DecoderConfig
 
 __all__ = ["CacheConfig", "KVCache", "LayerGroup", "PagedCore", "StepBatch"]
@@ -70,15 +70,16 @@ class LayerGroup:
 
 
 class PagedCore:
-    """Attention of one layer, to its pages; what a model that serves is built with."""
+    """Attention of one layer, to its pages; what a model that serves is built with. A plain batch leaves no trace."""
 
-    def __init__(self, backend: Backend, group: int, window: int | None) -> None:
+    def __init__(self, backend: Backend, group: int, window: int | None, plain: AttentionCore) -> None:
         self.pages: Pages | None = None
-        self._backend, self._group, self._window = backend, group, window
+        self._backend, self._group, self._window, self._plain = backend, group, window, plain
 
     def __call__(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, training: bool) -> Tensor:
-        """As :class:`~parallel.models.build.AttentionCore` says, of a :class:`StepBatch`."""
-        assert isinstance(batch, StepBatch), "paged attention serves StepBatch only"
+        """As :class:`~parallel.models.build.AttentionCore` says."""
+        if not isinstance(batch, StepBatch):
+            return self._plain(q_TNH, k_TKH, v_TKH, batch, training)
         assert self.pages is not None, "allocate the cache first"
         return self._backend(q_TNH, k_TKH, v_TKH, self.pages, batch, self._group, self._window)
 
@@ -143,7 +144,9 @@ class KVCache:
         group = next(index for index, group in enumerate(self.groups) if layer in group.layers)
         if layer not in self.groups[group].held or build.dtype != self.dtype:
             raise ConfigError(f"layer {layer} in {build.dtype}: the cache was made for {self.groups} in {self.dtype}")
-        self._cores[layer] = PagedCore(self._attend, group, self.groups[group].window)
+        self._cores[layer] = PagedCore(
+            self._attend, group, self.groups[group].window, PackedAttention(config, layer, build)
+        )
         if self.raw:
             self._point(group)
         return self._cores[layer]

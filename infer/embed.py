@@ -154,6 +154,9 @@ def _misfits(model: Decoder | Encoder, index: int, ids: Tensor, budget: int) -> 
         yield f"document {index} has {len(ids)} tokens, the model has {config.max_positions} positions"
     if len(ids) > budget:
         yield f"document {index} has {len(ids)} tokens, a step at most {budget}: give a larger budget"
+    padding = config.first_position - 1 if isinstance(config, EncoderConfig) else -1
+    if padding >= 0 and (ids == padding).any():
+        yield f"document {index} has the padding token {padding}: documents are not padded"
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= config.vocabulary:
         bad = low if low < 0 else high

@@ -142,6 +142,9 @@ class Engine:
 
     def close(self) -> None:
         """Wait for what is under way, and let go of the thread."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._commit(flight, flight.outcome.result())
         self._worker.shutdown()
 
     def _launch(self) -> _Flight | None:

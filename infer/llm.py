@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from infer.build import EngineConfig, build_engine, load_text
+from infer.chat import ChatTemplate
 from infer.completion import Completion, Event
 from infer.params import SamplingParams
 from infer.request import RequestError
@@ -52,7 +53,7 @@ class LLM:
         config: EngineConfig | None = None,
         ranks: int = 1,
     ) -> None:
-        self.mesh = Mesh.single() if mesh is None else mesh
+        self.folder, self.mesh = Path(folder), Mesh.single() if mesh is None else mesh
         self.config = EngineConfig() if config is None else config
         self.tokenizer: Tokenizer | None = load_text(Path(folder))
         self.engine, sizing = build_engine(
@@ -100,6 +101,33 @@ class LLM:
                 yield from self.engine.step()
         finally:
             self.engine.abort(id)
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[Completion]:
+        """Answer conversations: :meth:`generate` of what the model's chat template makes of them.
+
+        Args:
+            conversations: messages of each, with ``role`` and ``content``.
+            params: for all, or one for each.
+            tools: descriptions of functions that the model may call.
+            variables: others of the template.
+
+        Raises:
+            ModelFolderError: the model has no chat template.
+            RequestError: a conversation that the template refuses, and as :meth:`generate`.
+        """
+        template = ChatTemplate(self.folder)
+        texts = [template.render(messages, tools=tools, **variables) for messages in conversations]
+        if self.tokenizer is None:
+            raise DataError("the model folder has no tokenizer")
+        encode = self.tokenizer.encode
+        return self.generate([encode(text, add_special_tokens=False).ids for text in texts], params)
 
     def _add(
         self,

@@ -217,8 +217,10 @@ class Running:
         rows = self.rows
         for group, window in self._windows:
             at = self.decoding.rows
-            behind = (rows.computed[at] - window + 1) // self.page_size > rows.first[group][at]
-            for row in at[behind].tolist():
+            pages = (rows.computed[at] - window + 1) // self.page_size - rows.first[group][at]
+            if len(one := at[pages == 1]):
+                self._trim_one(one, group)
+            for row in at[pages > 1].tolist():
                 self._trim(row, group, window)
         if self._windows:
             for request in self.filling:
@@ -232,6 +234,22 @@ class Running:
         """Let go of the row's pages that lie outside of every window from now on."""
         for group, window in self._windows:
             self._trim(row, group, window)
+
+    def _trim_one(self, at: NDArray[np.int64], group: int) -> None:
+        """Let go of the first page of each of these rows."""
+        rows, pool, first = self.rows, self.memory.device[group], self.rows.first[group][at]
+        pages = rows.tables[group][at, first].tolist()
+        if self.prefixes.enabled:
+            for row, page, index in zip(at.tolist(), pages, first.tolist(), strict=True):
+                request = rows.request[row]
+                assert request is not None
+                if index < len(request.keys):
+                    pool.name(page, request.keys[index])
+        pool.release(pages)
+        rows.tables[group][at, first] = NO_PAGE
+        rows.first[group][at] += 1
+        rows.left[group][at] += 1
+        self.reserved[group] += len(pages)
 
     def _trim(self, row: int, group: int, window: int) -> None:
         rows, pool = self.rows, self.memory.device[group]

@@ -162,9 +162,12 @@ class Scheduler:
         self._flights.popleft()
         rows, serials = step.rows_R[: step.samples], flight.serials[: step.samples]
         same = self.running.rows.serial[rows] == serials
-        if flight.plain and same.all() and (not len(tokens) or tokens.min() >= 0):
+        if flight.plain and (not len(tokens) or tokens.min() >= 0):
             deque(map(list.append, flight.tokens, tokens.tolist()), maxlen=0)
-            self.running.rows.last[rows] = tokens
+            self.running.rows.last[rows[same]] = tokens[same]
+            for run in np.flatnonzero(~same).tolist():
+                if step.requests[run].life is Life.FINISHED:
+                    step.requests[run].tokens.pop()
         else:
             self._commit_each(step, tokens, same)
         for run in range(step.decoding, len(step.requests)):
@@ -343,7 +346,7 @@ class Scheduler:
         return not externals
 
     def _commit_each(self, step: Step, tokens: NDArray[np.int64], same: NDArray[np.bool_]) -> None:
-        """Commit a step some of whose requests have ended, failed, lost their rows or choose their tokens otherwise."""
+        """Commit a step some of whose rows have failed, or whose requests are told their tokens otherwise."""
         for run, (request, token) in enumerate(zip(step.requests, tokens.tolist(), strict=False)):
             if request.life is Life.FINISHED:
                 continue

@@ -47,7 +47,7 @@ class TritonAttention:
         window: int | None,
     ) -> Tensor:
         """As :class:`~infer.attention.Backend` says, but that bad pages are not named."""
-        from infer.attention.triton_kernel import paged_kernel
+        from infer.attention import triton_kernel
 
         write(pages, k_TKH, v_TKH, step.slots_T[group])
         out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
@@ -70,7 +70,8 @@ class TritonAttention:
             "KEYS": _KEYS,
             "SCALED": pages.k_scale_PKS is not None,
         }
-        paged_kernel[(blocks.shape[1], kv_heads)](
+        kernel: Any = triton_kernel.paged_kernel
+        kernel[(blocks.shape[1], kv_heads)](
             *(q, pages.k_PKSH, pages.v_PKSH, *scales, out),
             *(table, step.context_R, step.starts_R, blocks[0], blocks[1]),
             *(*q.stride()[:2], *out.stride()[:2], *pages.k_PKSH.stride()[:2], *scales[0].stride()[:2]),

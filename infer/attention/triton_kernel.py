@@ -1,7 +1,7 @@
 """The kernel of :mod:`infer.attention.triton`; importing this needs Triton."""
 
 # ruff: noqa: ANN001, ANN201
-# pyright: basic
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ def paged_kernel(
             p = p * tl.load(v_scale + at, mask=there, other=0.0)
         sums = sums * fade[:, None] + tl.dot(p.to(x.dtype), values.to(x.dtype), input_precision="ieee")
         most = top
-    result = (sums / weight[:, None]).to(out.dtype.element_ty)
+    result = (sums / tl.where(real, weight, 1.0)[:, None]).to(out.dtype.element_ty)
     where = out + tokens[:, None] * out_token + heads[:, None] * out_head + dim
     tl.store(where, result, mask=real[:, None] & used)

@@ -8,12 +8,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from infer.sampling.draw import Draw, Drawn, draw, first_largest, log_total, scaled, truncated, weights
+from infer.sampling.draw import Draw, Drawn, draw, truncated
 from infer.sampling.edits import EDITED, edit
 from infer.sampling.history import History
 from infer.sampling.logprobs import LogProbs, of_scaled, of_tokens
 from infer.sampling.row import NUMBERS, Entry, Feature, Kind, Row
 from infer.sampling.sampled import Sampled, finished
+from infer.sampling.weights import Space, first_largest, largest, log_total, scaled, weights
 
 __all__ = ["sample"]
 
@@ -21,13 +22,16 @@ TEMPERATURE, TOP_P, MIN_P, TYPICAL_P = (NUMBERS.index(name) for name in ("temper
 TRUNCATED = Feature.TOP_K | Feature.TOP_P | Feature.MIN_P | Feature.TYPICAL
 
 
-def sample(logits_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History, chunk: int) -> Sampled:
+def sample(
+    logits_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History, space: Space, chunk: int
+) -> Sampled:
     """Sample one token for each row.
 
     Args:
         logits_RV: float32; left as they are.
         rows, entries: of each row.
         history: of the entries with a slot.
+        space: to compute in.
         chunk: numbers to compute at a time.
     """
     _catch_up(rows, entries, history)
@@ -37,7 +41,7 @@ def sample(logits_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], his
         torch.empty(len(rows), dtype=torch.int8, device=device),
     )
     for kind, places in _groups(entries, max(1, chunk // logits_RV.shape[1])):
-        _Part(logits_RV, rows, entries, places, out).run(kind, history)
+        _Part(logits_RV, rows, entries, places, out, space).run(kind, history)
     kept = [i for i, entry in enumerate(entries) if entry.slot >= 0 and entry.kind is not Kind.BEAM]
     if kept:
         slots = [entries[i].slot for i in kept]
@@ -55,8 +59,7 @@ def _catch_up(rows: Sequence[Row], entries: Sequence[Entry], history: History) -
     for row, entry in zip(rows, entries, strict=True):
         if entry.slot < 0:
             continue
-        tail = max((len(word) for word in entry.sequences), default=2) - 1
-        if history.catch_up(entry.slot, row.tokens, row.prompt, row.generated, tail):
+        if history.catch_up(entry.slot, row.tokens, row.prompt, row.generated, entry.tail):
             slots.append(entry.slot)
             tokens.append(row.tokens[row.prompt + row.generated - 1])
     if slots:
@@ -80,38 +83,49 @@ class _Part:
     """Some rows of one kind."""
 
     def __init__(
-        self, logits_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], places: list[int], out: Sampled
+        self,
+        logits_RV: Tensor,
+        rows: Sequence[Row],
+        entries: Sequence[Entry],
+        places: list[int],
+        out: Sampled,
+        space: Space,
     ) -> None:
-        self.places, self.out = places, out
+        self.places, self.out, self.space = places, out, space
         self.rows, self.entries = [rows[i] for i in places], [entries[i] for i in places]
         self.present = 0
         for entry in self.entries:
             self.present |= entry.features
         first, last = places[0], places[-1] + 1
-        self.at = slice(first, last) if last - first == len(places) else torch.tensor(places, device=logits_RV.device)
-        self.raw_RV = logits_RV[self.at]
+        if last - first == len(places):
+            self.at: slice | Tensor = slice(first, last)
+            self.raw_RV = logits_RV[self.at]
+        else:
+            self.at = torch.tensor(places, device=logits_RV.device)
+            copy = space.take("rows", len(places), logits_RV.shape[1])
+            self.raw_RV = torch.index_select(logits_RV, 0, self.at, out=copy)
 
     def run(self, kind: Kind, history: History) -> None:
         """Sample, and write into ``out`` what belongs to these rows."""
         if kind is Kind.BEAM:
-            tokens, largest = self._beams(history)
+            tokens, most = self._beams(history)
         elif kind is Kind.DRAW:
-            drawn = draw(self._edited(self.raw_RV, history), self._how())
-            tokens, largest = drawn.tokens, drawn.largest
-            self._report(Feature.PROCESSED, lambda some, most: _of_drawn(drawn, some, self._truncated(some), most))
+            drawn = draw(self._edited(self.raw_RV, history), self._how(), self.space)
+            tokens, most = drawn.tokens, drawn.largest
+            self._report(Feature.PROCESSED, lambda some, most: self._of_drawn(drawn, some, most))
         else:
             x_RV = self._edited(self.raw_RV, history)
-            largest, tokens = first_largest(x_RV)
-            self._report(Feature.PROCESSED, lambda some, most: of_tokens(x_RV[some], tokens[some], most))
-        self._report(Feature.RAW, lambda some, most: of_tokens(self.raw_RV[some], tokens[some], most))
-        done = finished(tokens, largest)
+            most, tokens = first_largest(x_RV)
+            self._report(Feature.PROCESSED, lambda some, most: self._of_logits(x_RV, tokens, some, most))
+        self._report(Feature.RAW, lambda some, most: self._of_logits(self.raw_RV, tokens, some, most))
+        done = finished(tokens, most)
         self.out.tokens_R[self.at], self.out.failed_R[self.at] = done.tokens_R, done.failed_R
 
     def _edited(self, x_RV: Tensor, history: History) -> Tensor:
         if not self.present & EDITED:
             return x_RV
         if x_RV is self.raw_RV:
-            x_RV = x_RV.clone(memory_format=torch.contiguous_format)
+            x_RV = self.space.take("edited", *x_RV.shape).copy_(x_RV)
         for i, error in edit(x_RV, self.rows, self.entries, history).items():
             self.out.errors[self.places[i]] = error
         return x_RV
@@ -132,19 +146,28 @@ class _Part:
             how.typical_p = numbers[TYPICAL_P]
         return how
 
-    def _truncated(self, some: Sequence[int]) -> Tensor:
-        flags = [bool(self.entries[i].features & TRUNCATED) for i in some]
-        return torch.tensor(flags, device=self.raw_RV.device)
+    def _of_drawn(self, drawn: Drawn, some: list[int], most: int) -> tuple[Tensor, Tensor]:
+        tokens = drawn.tokens[some]
+        cut = [bool(self.entries[i].features & TRUNCATED) for i in some]
+        s_RV, total = truncated(drawn, some, torch.tensor(cut, device=tokens.device), self.space)
+        return of_scaled(s_RV, total, tokens, most)
+
+    def _of_logits(self, x_RV: Tensor, tokens: Tensor, some: list[int], most: int) -> tuple[Tensor, Tensor]:
+        if len(some) < len(self.rows):
+            x_RV, tokens = x_RV[some], tokens[some]
+        return of_tokens(x_RV, tokens, most, self.space)
 
     def _beams(self, history: History) -> tuple[Tensor, Tensor]:
         """Candidates by log-probability, which penalties and bans change as in `transformers`: not normalized again."""
-        s_RV, largest = scaled(self.raw_RV, None)
-        x_RV = self._edited((s_RV - log_total(weights(s_RV))[:, None]).to(torch.float32), history)
+        s_RV, most = scaled(self.raw_RV, None, self.space)
+        x_RV = self._edited(
+            (s_RV - log_total(weights(s_RV, self.space), self.space)[:, None]).to(torch.float32), history
+        )
         counts = tuple(entry.candidates for entry in self.entries)
-        top = x_RV.topk(max(counts), 1)
-        tokens, values = (torch.cat([part[:, :1], part], 1) for part in (top.indices, top.values))
-        self.out.candidates.append(LogProbs(tuple(self.places), counts, tokens, values))
-        return top.indices[:, 0], torch.where(top.values[:, 0] == -torch.inf, -torch.inf, largest)
+        values, tokens = largest(x_RV, max(counts))
+        both = (torch.cat([part[:, :1], part], 1) for part in (tokens, values))
+        self.out.candidates.append(LogProbs(tuple(self.places), counts, *both))
+        return tokens[:, 0], torch.where(values[:, 0] == -torch.inf, -torch.inf, most)
 
     def _report(self, feature: int, of: Callable[[list[int], int], tuple[Tensor, Tensor]]) -> None:
         """Log-probabilities of the rows that have the feature."""
@@ -153,9 +176,3 @@ class _Part:
             counts = tuple(min(self.entries[i].reported, self.raw_RV.shape[1]) for i in some)
             places = tuple(self.places[i] for i in some)
             self.out.logprobs.append(LogProbs(places, counts, *of(some, max(counts))))
-
-
-def _of_drawn(drawn: Drawn, some: list[int], truncated_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    tokens = drawn.tokens[some]
-    s_RV, total = truncated(drawn, some, truncated_R)
-    return of_scaled(s_RV, total, tokens, most)

@@ -64,9 +64,9 @@ def edit(x_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: H
 def _places(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], tokens: Callable[[Entry], Tensor]) -> Tensor:
     """Where the tokens of some rows stand in ``x_RV.view(-1)``."""
     parts = [tokens(entries[i]) for i in chosen]
-    starts = torch.tensor([i * x_RV.shape[1] for i in chosen], device=x_RV.device)
-    sizes = torch.tensor([part.numel() for part in parts], device=x_RV.device)
-    return torch.cat(parts) + starts.repeat_interleave(sizes, output_size=sum(part.numel() for part in parts))
+    sizes = [len(part) for part in parts]
+    starts_sizes = torch.tensor([[i * x_RV.shape[1] for i in chosen], sizes], device=x_RV.device)
+    return torch.cat(parts) + starts_sizes[0].repeat_interleave(starts_sizes[1], output_size=sum(sizes))
 
 
 def _penalize(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], history: History) -> None:

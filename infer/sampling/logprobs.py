@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infer.sampling.draw import log_total, scaled, weights
+from infer.sampling.weights import Space, largest, log_total, scaled, weights
 
 __all__ = ["LogProbs", "TokenLogProb", "of_scaled", "of_tokens", "prompt_logprobs"]
 
@@ -64,15 +64,15 @@ def of_scaled(s_RV: Tensor, log_total_R: Tensor, tokens_R: Tensor, most: int) ->
     own = tokens_R[:, None]
     tokens, s = own, s_RV.gather(1, own)
     if most:
-        top = s_RV.topk(most, 1)
-        tokens, s = torch.cat([own, top.indices], 1), torch.cat([s, top.values], 1)
+        values, places = largest(s_RV, most)
+        tokens, s = torch.cat([own, places], 1), torch.cat([s, values], 1)
     return tokens, (s.to(torch.float64) - log_total_R[:, None]).to(torch.float32)
 
 
-def of_tokens(x_RV: Tensor, tokens_R: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def of_tokens(x_RV: Tensor, tokens_R: Tensor, most: int, space: Space) -> tuple[Tensor, Tensor]:
     """The same of logits as the model gave them."""
-    s_RV, _ = scaled(x_RV, None)
-    return of_scaled(s_RV, log_total(weights(s_RV)), tokens_R, most)
+    s_RV, _ = scaled(x_RV, None, space)
+    return of_scaled(s_RV, log_total(weights(s_RV, space), space), tokens_R, most)
 
 
 @torch.inference_mode()
@@ -90,9 +90,9 @@ def prompt_logprobs(logits_TV: Tensor, tokens_T: Tensor | Sequence[int], count: 
     tokens_T = torch.as_tensor(tokens_T, dtype=torch.int64, device=logits_TV.device)
     positions, vocabulary = logits_TV.shape
     step = max(1, CHUNK // vocabulary)
-    most = min(count, vocabulary)
+    most, space = min(count, vocabulary), Space(logits_TV.device)
     parts = [
-        of_tokens(logits_TV[start : start + step].float(), tokens_T[start : start + step], most)
+        of_tokens(logits_TV[start : start + step].float(), tokens_T[start : start + step], most, space)
         for start in range(0, positions, step)
     ]
     empty = (tokens_T.new_empty(0, 1 + most), logits_TV.new_empty(0, 1 + most, dtype=torch.float32))

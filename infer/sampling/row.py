@@ -95,6 +95,7 @@ class Entry:
         candidates: how many continuations a beam search wants: so many that, whichever stop, enough go on.
         bias_tokens, bias_values, allowed, banned, stops: int64 (float32 for the values), any of them may be empty.
         sequences: bad words of more than one token.
+        tail: how many tokens the longest of them looks back.
         late: where a processor wants the tokens, the last one that was sampled: a tensor, and the place in it.
     """
 
@@ -111,6 +112,7 @@ class Entry:
     banned: Tensor
     stops: Tensor
     sequences: tuple[tuple[int, ...], ...]
+    tail: int
     late: tuple[Tensor, int] | None = None
 
 
@@ -147,6 +149,7 @@ def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch
         banned=ids(banned),
         stops=ids([token for token in stops if token < vocabulary]),
         sequences=tuple(word for word in words if len(word) > 1),
+        tail=max((len(word) for word in words), default=2) - 1,
     )
 
 

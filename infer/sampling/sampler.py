@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from infer.sampling.batch import sample
-from infer.sampling.draw import first_largest
 from infer.sampling.history import History
 from infer.sampling.row import Entry, Feature, Kind, Row, compile_row
 from infer.sampling.sampled import Sampled, finished
+from infer.sampling.weights import Space, first_largest
 
 __all__ = ["Sampler"]
 
@@ -41,7 +41,7 @@ class Sampler:
         self.vocabulary, self.ends, self.device = vocabulary, tuple(ends), torch.device(device)
         self.chunk = chunk if chunk is not None else (CHUNK if self.device.type == "cpu" else 1 << 62)
         self._entries: dict[int, Entry] = {}
-        self._history = History(vocabulary, self.device)
+        self._history, self._space = History(vocabulary, self.device), Space(self.device)
 
     @torch.inference_mode()
     def __call__(self, logits_RV: Tensor, rows: Sequence[Row]) -> Sampled:
@@ -56,7 +56,7 @@ class Sampler:
         if all(entry.kind is Kind.PLAIN for entry in entries):
             largest, tokens = first_largest(logits_RV)
             return finished(tokens, largest)
-        return sample(logits_RV.float(), rows, entries, self._history, self.chunk)
+        return sample(logits_RV.float(), rows, entries, self._history, self._space, self.chunk)
 
     def forget(self, request: int) -> None:
         """Drop what is kept of a request; one that is not known is fine."""

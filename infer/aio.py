@@ -1,0 +1,140 @@
+"""The engine in a program that does other things meanwhile: a thread makes the steps, coroutines get the events."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from infer.completion import Completion, Event
+from infer.engine import Engine
+from infer.lockstep import Replica
+from infer.params import SamplingParams
+
+__all__ = ["AsyncEngine"]
+
+
+class AsyncEngine:
+    """Continues prompts for many coroutines at once; ``async with`` starts and ends it.
+
+    Args:
+        engine: on a single rank, or the first rank of a :class:`Replica`; only this may use it meanwhile.
+        pulse_s: an idle engine of several ranks makes an empty step so often.
+    """
+
+    def __init__(self, engine: Engine | Replica, *, pulse_s: float = 5.0) -> None:
+        self.engine, self._pulse_s = engine, pulse_s
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[int, Callable[[Event | BaseException], None]] = {}
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine loop")
+
+    async def __aenter__(self) -> AsyncEngine:
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._orders.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Event]:
+        """Continue a prompt, piece by piece; the last event has the whole. Whoever stops listening ends the request.
+
+        Args:
+            prompt, params, options: of :meth:`Engine.add`.
+
+        Raises:
+            RequestError: it cannot be continued, with every reason.
+        """
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
+        number: asyncio.Future[int] = loop.create_future()
+
+        def give(event: Event | BaseException) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def order() -> None:
+            try:
+                id = self.engine.add(prompt, params, **options)
+                self._streams[id] = give
+                loop.call_soon_threadsafe(_resolve, number, id)
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
+                loop.call_soon_threadsafe(_refuse, number, error)
+
+        self._order(order)
+        try:
+            while True:
+                event = await events.get() if number.done() else await self._first(number, events)
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if event.completion is not None:
+                    return
+        finally:
+            if not number.cancelled():
+                self._order(lambda: self._abort(number))
+
+    async def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any) -> Completion:
+        """Continue a prompt; arguments and errors as those of :meth:`stream`."""
+        async for event in self.stream(prompt, params, **options):
+            if event.completion is not None:
+                return event.completion
+        raise AssertionError("a stream ends with a completion")
+
+    async def _first(self, number: asyncio.Future[int], events: asyncio.Queue[Event | BaseException]) -> Any:
+        await asyncio.shield(number)
+        return await events.get()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        if self._failed is not None:
+            raise self._failed
+        self._orders.put(order)
+
+    def _abort(self, number: asyncio.Future[int]) -> None:
+        if number.done() and not number.exception():
+            self._streams.pop(number.result(), None)
+            self.engine.abort(number.result())
+
+    def _obey(self) -> bool:
+        """Do what was ordered meanwhile; with nothing else to do, wait for an order. False: the order was to end."""
+        wait = not self.engine.busy
+        while wait or not self._orders.empty():
+            try:
+                order = self._orders.get(timeout=self._pulse_s)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+            wait = not self.engine.busy and isinstance(self.engine, Engine)
+        return True
+
+    def _run(self) -> None:
+        try:
+            while True:
+                if not self._obey():
+                    return
+                for event in self.engine.step():
+                    if give := self._streams.get(event.id):
+                        give(event)
+                    if event.completion is not None:
+                        self._streams.pop(event.id, None)
+        except BaseException as error:  # noqa: BLE001 - everybody who waits must hear of it
+            self._failed = error
+            for give in list(self._streams.values()):
+                give(error)
+        finally:
+            self.engine.close()
+
+
+def _resolve(number: asyncio.Future[int], id: int) -> None:
+    if not number.done():
+        number.set_result(id)
+
+
+def _refuse(number: asyncio.Future[int], error: BaseException) -> None:
+    if not number.done():
+        number.set_exception(error)
