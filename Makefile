@@ -30,6 +30,7 @@ demo: env
 	$(BIN)/python -m launch export $(DEMO) $(DEMO)/model
 	$(BIN)/python examples/same_logits.py $(DEMO)/model
 	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "$$PROMPT"
+	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --layout.pp 2 --max-tokens 48 --prompts examples/prompts.txt
 	$(BIN)/python examples/plot_loss.py $(DEMO)
 
 test: lint types tests
