@@ -10,16 +10,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from infer.cache import PagedCore
 from parallel.errors import ConfigError, DataError, nearest, refuse
 from parallel.models.batch import Batch
 from parallel.models.block import Attention
-from parallel.models.build import Build, PackedAttention
+from parallel.models.build import PackedAttention
 from parallel.models.decoder import Decoder
 from parallel.models.encoder import Encoder
 from parallel.models.encoder_config import EncoderConfig
 from parallel.sp import gather_tokens
 
-__all__ = ["Pooling", "embed", "pool", "steps", "uncached"]
+__all__ = ["Pooling", "embed", "pool", "steps"]
 
 Pooling = Literal["mean", "last", "cls"]
 """What stands for a document: the mean of its hidden states, the last one, or the first."""
@@ -76,8 +77,7 @@ def embed(
     """Embed documents, many at a time; every rank of the mesh calls it with the same ones and gets the same vectors.
 
     Args:
-        model: an encoder, or a decoder that keeps no cache (see :func:`uncached`), whose hidden states behind the
-            last norm are taken.
+        model: an encoder, or a decoder, whose hidden states behind the last norm are taken; it may be an engine's.
         documents: token ids, special tokens included.
         pooling: what stands for a document.
         normalize: give every vector the length 1.
@@ -128,8 +128,8 @@ def _problems(model: Decoder | Encoder, pooling: str, budget: int) -> Iterator[s
         if model.embedding is None or model.norm is None or len(model.layers) < model.config.layers:
             yield "layout.pp: embedding needs the whole model on each rank; the nearest degree that works is 1"
         cores = {type(module.core) for module in model.modules() if isinstance(module, Attention)}
-        for core in cores - {PackedAttention}:
-            yield f"the decoder attends by {core.__name__}: give the same weights with PackedAttention (uncached)"
+        for core in cores - {PackedAttention, PagedCore}:
+            yield f"the decoder attends by {core.__name__}: give it PackedAttention, or KVCache.core"
 
 
 def _vector(document: Sequence[int] | Tensor) -> Tensor:
@@ -161,16 +161,3 @@ def _misfits(model: Decoder | Encoder, index: int, ids: Tensor, budget: int) -> 
     if low < 0 or high >= config.vocabulary:
         bad = low if low < 0 else high
         yield f"document {index}: token id {bad} is outside the vocabulary of {config.vocabulary}"
-
-
-def uncached(model: Decoder, build: Build) -> Decoder:
-    """The same model with attention that keeps no cache; the parameters are shared, not copied.
-
-    Args:
-        model: with any attention core.
-        build: that it was built with.
-    """
-    twin = Decoder(model.config, dataclasses.replace(build, attention=PackedAttention))
-    twin.load_state_dict(model.state_dict(), assign=True)
-    twin.tie()
-    return twin.train(model.training)

@@ -13,17 +13,22 @@ from tokenizers import Tokenizer
 from infer.build import EngineConfig, build_engine, load_text
 from infer.chat import ChatTemplate
 from infer.completion import Completion, Event
+from infer.embedder import Embedder
+from infer.engine import Engine
 from infer.params import SamplingParams
 from infer.request import RequestError
 from parallel import comm
-from parallel.errors import DataError
+from parallel.errors import ConfigError, DataError
+from parallel.hf import load_model, read_config
 from parallel.mesh import Mesh
+from parallel.models.build import Build
+from parallel.models.encoder_config import EncoderConfig
 
 __all__ = ["LLM"]
 
 
 class LLM:
-    """A model folder, ready to continue prompts.
+    """A model folder, ready to continue prompts and to embed documents (encoders: only that).
 
     Every rank of the mesh calls the same methods with the same arguments and gets the same results. Data-parallel
     replicas share the prompts of a call.
@@ -36,7 +41,7 @@ class LLM:
         ranks: processes that share this device's memory.
 
     Attributes:
-        engine: that does the work; only between two calls may others use it.
+        embed: documents -> vectors; see :class:`~infer.embedder.Embedder`. Nothing is cached.
         notes: lines that say how memory was divided.
 
     Raises:
@@ -55,11 +60,28 @@ class LLM:
     ) -> None:
         self.folder, self.mesh = Path(folder), Mesh.single() if mesh is None else mesh
         self.config = EngineConfig() if config is None else config
-        self.tokenizer: Tokenizer | None = load_text(Path(folder))
-        self.engine, sizing = build_engine(
-            Path(folder), self.mesh, dtype, self.config, tokenizer=self.tokenizer, ranks=ranks
-        )
-        self.notes = sizing.lines
+        self.tokenizer: Tokenizer | None = load_text(self.folder)
+        self.notes: tuple[str, ...] = ()
+        self._engine: Engine | None = None
+        if isinstance(read_config(self.folder, encoders=True), EncoderConfig):
+            model = load_model(self.folder, Build(mesh=self.mesh, dtype=dtype), encoders=True).eval()
+        else:
+            self._engine, sizing = build_engine(
+                self.folder, self.mesh, dtype, self.config, tokenizer=self.tokenizer, ranks=ranks
+            )
+            model, self.notes = self._engine.runner.model, sizing.lines
+        self.embed = Embedder(self.folder, model, self.tokenizer)
+
+    @property
+    def engine(self) -> Engine:
+        """Does the work; only between two calls may others use it.
+
+        Raises:
+            ConfigError: the model is an encoder.
+        """
+        if self._engine is None:
+            raise ConfigError(f"{self.folder} is an encoder: it embeds texts, and cannot continue them")
+        return self._engine
 
     def generate(
         self,

@@ -26,6 +26,7 @@ from parallel.tp import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from parallel.tp.method import Packed
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 TOKENS = (8, 13, 5, 1)
@@ -405,3 +406,14 @@ def test_backward_of_a_column_layer_overlaps_its_communication(monkeypatch: pyte
         "weight gradient",
         f"end {total}",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_multiplies_as_it_did(dtype: torch.dtype) -> None:
+    for out, in_, tokens in ((97, 33, 1), (64, 48, 31), (8, 5, 300)):
+        weight, x, bias = tensor(out, in_).to(dtype), tensor(tokens, in_, seed=1).to(dtype), tensor(out).to(dtype)
+        method, want = Packed(), F.linear(x.double(), weight.double(), bias.double())
+        held = torch.nn.Parameter(weight.clone())
+        method.finish(held, keep=False)
+        got = method.product(x, held, bias).double()
+        assert (got - want).abs().max() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * want.abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -41,6 +42,7 @@ class Sampler:
         self.vocabulary, self.ends, self.device = vocabulary, tuple(ends), torch.device(device)
         self.chunk = chunk if chunk is not None else (CHUNK if self.device.type == "cpu" else 1 << 62)
         self._entries: dict[int, Entry] = {}
+        self._asked: deque[tuple[int, int | None]] = deque()
         self._history, self._space = History(vocabulary, self.device), Space(self.device)
 
     @torch.inference_mode()
@@ -52,6 +54,8 @@ class Sampler:
             rows: one a request; no request twice.
         """
         assert logits_RV.shape == (len(rows), self.vocabulary), f"{tuple(logits_RV.shape)} for {len(rows)} rows"
+        if self._asked:
+            self._settle(rows)
         entries = [self._entries.get(row.id) or self._enter(row) for row in rows]
         if all(entry.kind is Kind.PLAIN for entry in entries):
             largest, tokens = first_largest(logits_RV)
@@ -59,14 +63,29 @@ class Sampler:
         return sample(logits_RV.float(), rows, entries, self._history, self._space, self.chunk)
 
     def forget(self, request: int) -> None:
-        """Drop what is kept of a request; one that is not known is fine."""
-        entry = self._entries.pop(request, None)
-        if entry is not None and entry.slot >= 0:
-            self._history.release(entry.slot)
+        """Drop what is kept of a request, after the last step that has a row of it; one that is not known is fine.
 
-    @torch.inference_mode()
+        Like :meth:`fork`, this may be called while another thread samples: the next step carries it out.
+        """
+        self._asked.append((request, None))
+
     def fork(self, request: int, new: int) -> None:
         """Let a new request begin with the parameters and the history of another one."""
+        self._asked.append((request, new))
+
+    def _settle(self, rows: Sequence[Row]) -> None:
+        """Carry out what was asked for since the last step, in that order."""
+        present = {row.id for row in rows}
+        for _ in range(len(self._asked)):
+            request, new = self._asked.popleft()
+            if new is not None:
+                self._copy(request, new)
+            elif request in present:
+                self._asked.append((request, None))
+            elif (entry := self._entries.pop(request, None)) is not None and entry.slot >= 0:
+                self._history.release(entry.slot)
+
+    def _copy(self, request: int, new: int) -> None:
         entry = self._entries.get(request)
         if entry is None:
             return  # nothing to copy yet: it is filled when its first row comes

@@ -7,15 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from parallel.errors import ModelFolderError, nearest, refuse
-from parallel.hf.table import Part, parts
+from parallel.hf.table import ModelConfig, Part, parts
 from parallel.models.config import DecoderConfig
-from parallel.models.families import FAMILIES
+from parallel.models.encoder_config import EncoderConfig
+from parallel.models.families import ENCODERS, FAMILIES, EncoderFamily, Family
 
 __all__ = ["HEAD", "INDEX", "SINGLE", "Entry", "Folder", "check_folder", "inspect", "read_config"]
 
@@ -55,13 +56,21 @@ class Folder:
         entries: their names -> where they are.
     """
 
-    config: DecoderConfig
+    config: ModelConfig
     parts: Mapping[str, tuple[Part, ...]]
     entries: Mapping[str, Entry]
 
 
-def read_config(folder: Path) -> DecoderConfig:
+@overload
+def read_config(folder: Path, *, encoders: Literal[False] = False) -> DecoderConfig: ...
+@overload
+def read_config(folder: Path, *, encoders: bool) -> ModelConfig: ...
+def read_config(folder: Path, *, encoders: bool = False) -> ModelConfig:
     """The configuration in a folder's config.json, resolved.
+
+    Args:
+        folder: with a config.json.
+        encoders: whether the caller has a use for an encoder as well.
 
     Raises:
         ModelFolderError: with everything in it that is missing, malformed or not supported.
@@ -69,26 +78,33 @@ def read_config(folder: Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     config = _read_json(path)
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        hint = nearest(str(kind), FAMILIES)
-        raise ModelFolderError(f"{path}: unknown model_type {kind!r}{hint}; there are: {', '.join(FAMILIES)}")
+    known = [*FAMILIES, *ENCODERS] if encoders else [*FAMILIES]
+    if not isinstance(kind, str) or kind not in known:
+        problem = f"unknown model_type {kind!r}{nearest(str(kind), known)}; there are: {', '.join(known)}"
+        if isinstance(kind, str) and kind in ENCODERS:
+            problem = f"model_type {kind!r} is an encoder: it embeds texts, and cannot continue them"
+        raise ModelFolderError(f"{path}: {problem}")
     try:
-        return FAMILIES[kind].read(config)
+        return ENCODERS[kind].read(config) if kind in ENCODERS else FAMILIES[kind].read(config)
     except ModelFolderError as error:
         raise ModelFolderError(f"{path}: {problem}" for problem in error.problems) from None
 
 
-def check_folder(folder: Path) -> list[str]:
+def check_folder(folder: Path, *, encoders: bool = False) -> list[str]:
     """Every reason why :func:`~parallel.hf.load.load_model` would refuse a folder; reads headers, allocates nothing."""
     try:
-        inspect(folder)
+        inspect(folder, encoders=encoders)
     except ModelFolderError as error:
         return list(error.problems)
     return []
 
 
-def inspect(folder: Path) -> Folder:
+def inspect(folder: Path, *, encoders: bool = False) -> Folder:
     """A folder's configuration and tensors.
+
+    Args:
+        folder: config.json and safetensors files.
+        encoders: whether the caller has a use for an encoder as well.
 
     Raises:
         ModelFolderError: with every problem of the configuration, of the files and of the tensors.
@@ -99,7 +115,7 @@ def inspect(folder: Path) -> Folder:
     problems: list[str] = []
     config = None
     try:
-        config = read_config(folder)
+        config = read_config(folder, encoders=encoders)
     except ModelFolderError as error:
         problems += error.problems
     entries, complete = _read_headers(folder, problems)
@@ -108,13 +124,16 @@ def inspect(folder: Path) -> Folder:
         config = None
     if config is None:
         raise ModelFolderError(problems)
-    family = FAMILIES[config.family]
+    family = ENCODERS[config.family] if isinstance(config, EncoderConfig) else FAMILIES[config.family]
     if entries and not any(name.startswith(family.prefix) for name in entries):
         entries = {name if name == HEAD else family.prefix + name: entry for name, entry in entries.items()}
+    if isinstance(family, EncoderFamily):
+        entries = _renamed(entries, family, problems)
     table = parts(config)
-    problems += _account(config, table, entries, complete)
+    tied = isinstance(config, DecoderConfig) and config.tied
+    problems += _account(family, tied, table, entries, complete)
     refuse(ModelFolderError, problems)
-    if config.tied and HEAD in entries:
+    if tied and HEAD in entries:
         refuse(ModelFolderError, _head_problems(entries[HEAD], entries[table["embedding.weight"][0].name]))
     return Folder(config, table, entries)
 
@@ -220,7 +239,20 @@ def _read_header(path: Path) -> list[Entry]:
         raise ModelFolderError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _absurd(config: DecoderConfig, tensors: int) -> Iterator[str]:
+def _renamed(entries: Mapping[str, Entry], family: EncoderFamily, problems: list[str]) -> dict[str, Entry]:
+    """The tensors under the names that releases of today write."""
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        new = name
+        for old, today in family.renamed:
+            new = new.removesuffix(old) + today if new.endswith(old) else new
+        if new in found or (new != name and new in entries):
+            problems.append(f"{entry.file.name}: {name} and {new} are two names of one tensor")
+        found[new] = entry
+    return found
+
+
+def _absurd(config: ModelConfig, tensors: int) -> Iterator[str]:
     """Sizes that no folder has, and whose table alone could not be made."""
     if tensors and config.layers > tensors:
         yield f"asks for {config.layers} layers, the folder holds {tensors} tensors"
@@ -230,21 +262,23 @@ def _absurd(config: DecoderConfig, tensors: int) -> Iterator[str]:
 
 
 def _account(
-    config: DecoderConfig, table: Mapping[str, tuple[Part, ...]], entries: Mapping[str, Entry], complete: bool
+    family: Family | EncoderFamily,
+    tied: bool,
+    table: Mapping[str, tuple[Part, ...]],
+    entries: Mapping[str, Entry],
+    complete: bool,
 ) -> Iterator[str]:
     """What is missing, what is too much, what does not fit."""
     expected = {part.name: (ours, part) for ours, held in table.items() for part in held}
-    ignored = [re.compile(pattern) for pattern in FAMILIES[config.family].ignored]
+    ignored = [re.compile(pattern) for pattern in family.ignored]
     if complete:
         yield from _first(
             [f"{name} is missing ({expected[name][0]})" for name in expected if name not in entries], "tensors"
         )
     unexpected = [
-        f"{entry.file.name}: {name} is not a tensor of this {config.family} model{nearest(name, expected)}"
+        f"{entry.file.name}: {name} is not a tensor of this {family.model_type} model{nearest(name, expected)}"
         for name, entry in entries.items()
-        if name not in expected
-        and not (name == HEAD and config.tied)
-        and not any(pattern.search(name) for pattern in ignored)
+        if name not in expected and not (name == HEAD and tied) and not any(pattern.search(name) for pattern in ignored)
     ]
     yield from _first(unexpected, "unexpected tensors")
     misshapen: list[str] = []

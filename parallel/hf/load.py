@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import safe_open
@@ -16,6 +16,8 @@ from parallel.errors import ConfigError, refuse
 from parallel.hf.folder import Folder, inspect
 from parallel.models.build import Build
 from parallel.models.decoder import Decoder, empty_model
+from parallel.models.encoder import Encoder, empty_encoder
+from parallel.models.encoder_config import EncoderConfig
 from parallel.shard import Box, assemble, param_shards
 
 __all__ = ["FolderReader", "load_model"]
@@ -56,19 +58,28 @@ class FolderReader:
         return self._files[entry.file].get_slice(entry.name)[box]
 
 
-def load_model(folder: Path, build: Build) -> Decoder:
+@overload
+def load_model(folder: Path, build: Build, *, encoders: Literal[False] = False) -> Decoder: ...
+@overload
+def load_model(folder: Path, build: Build, *, encoders: bool) -> Decoder | Encoder: ...
+def load_model(folder: Path, build: Build, *, encoders: bool = False) -> Decoder | Encoder:
     """The model of a Hugging Face folder, of which this rank reads and holds its pieces only.
 
     Args:
         folder: config.json and safetensors files, one or many.
         build: the layout, and the type to convert to.
+        encoders: whether the caller has a use for an encoder as well; config.json says which it is.
 
     Raises:
         ModelFolderError: with every problem of the folder, found before anything is allocated.
         ConfigError: the layout cannot share the model.
     """
-    found = inspect(folder)
-    model = empty_model(found.config, build)
+    found = inspect(folder, encoders=encoders)
+    model: Decoder | Encoder
+    if isinstance(found.config, EncoderConfig):
+        model = empty_encoder(found.config, build)
+    else:
+        model = empty_model(found.config, build)
     shards = param_shards(model)
     refuse(ConfigError, (f"{folder}: nothing there fills {name}" for name in shards if name not in found.parts))
     with FolderReader(found) as reader, torch.no_grad():

@@ -17,12 +17,13 @@ from torch import Tensor
 from parallel import comm
 from parallel.errors import ConfigError, ModelFolderError, RankError, Refusal, ShardError, refuse
 from parallel.hf.folder import INDEX, SINGLE
-from parallel.hf.table import Part, parts, whole_shards
+from parallel.hf.table import ModelConfig, Part, parts, whole_shards
 from parallel.holders import holders
 from parallel.mesh import Mesh
-from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder
-from parallel.models.families import FAMILIES
+from parallel.models.encoder import Encoder
+from parallel.models.encoder_config import EncoderConfig
+from parallel.models.families import ENCODERS, FAMILIES
 from parallel.shard import Shard
 
 __all__ = ["save_model", "write_folder"]
@@ -40,7 +41,7 @@ _TOKENIZER_FILES = (
 
 
 def write_folder(
-    config: DecoderConfig,
+    config: ModelConfig,
     tensors: Callable[[str], Tensor],
     folder: Path,
     *,
@@ -79,7 +80,7 @@ def write_folder(
         _write_tensors(config, tensors, draft, dtype, max_file_bytes)
         ids = {"bos_token_id": bos, "eos_token_id": list(eos) if isinstance(eos, Sequence) else eos}
         name = str(dtype).removeprefix("torch.")
-        described = FAMILIES[config.family].write(config) | {"dtype": name, "torch_dtype": name} | ids
+        described = _described(config) | {"dtype": name, "torch_dtype": name} | ids
         _write_json(draft / "config.json", described)
         _write_json(draft / "generation_config.json", {key: value for key, value in ids.items() if value is not None})
         for file in _TOKENIZER_FILES if tokenizer is not None else ():
@@ -90,15 +91,24 @@ def write_folder(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _check(config: DecoderConfig, folder: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
+def _described(config: ModelConfig) -> dict[str, Any]:
+    if isinstance(config, EncoderConfig):
+        return ENCODERS[config.family].write(config)
+    return FAMILIES[config.family].write(config)
+
+
+def _check(config: ModelConfig, folder: Path, tokenizer: Path | None = None, overwrite: bool = False) -> None:
     """Refuse before anything is written."""
     refuse(ConfigError, _config_problems(config))
     refuse(ModelFolderError, _problems(folder, tokenizer, overwrite))
 
 
-def _config_problems(config: DecoderConfig) -> Iterator[str]:
+def _config_problems(config: ModelConfig) -> Iterator[str]:
     yield from config.problems()
-    yield from FAMILIES[config.family].problems(config)
+    if isinstance(config, EncoderConfig):
+        yield from ENCODERS[config.family].problems(config)
+    else:
+        yield from FAMILIES[config.family].problems(config)
     if config.vocabulary < 1:
         yield "vocabulary is not known"
 
@@ -116,7 +126,7 @@ def _problems(folder: Path, tokenizer: Path | None, overwrite: bool) -> Iterator
 
 
 def _write_tensors(
-    config: DecoderConfig, tensors: Callable[[str], Tensor], draft: Path, dtype: torch.dtype, limit: int
+    config: ModelConfig, tensors: Callable[[str], Tensor], draft: Path, dtype: torch.dtype, limit: int
 ) -> None:
     shards, table = whole_shards(config), parts(config)
     files = _plan(shards, dtype.itemsize, limit)
@@ -187,7 +197,7 @@ def _sync(path: Path) -> None:
 
 
 def save_model(
-    model: Decoder,
+    model: Decoder | Encoder,
     mesh: Mesh,
     folder: Path,
     *,
@@ -259,7 +269,7 @@ def _together(mesh: Mesh, folder: Path, first: Callable[[], None], others: Calla
 class _Exchange:
     """Who holds which parameter, and the way of each to rank 0."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(self, model: Decoder | Encoder, mesh: Mesh, dtype: torch.dtype) -> None:
         self.mesh, self.dtype = mesh, dtype
         self.shards = whole_shards(model.config)
         self.own = dict(model.named_parameters())

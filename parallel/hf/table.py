@@ -8,10 +8,14 @@ from parallel.mesh import Mesh
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder
-from parallel.models.families import FAMILIES, Stored
+from parallel.models.encoder import Encoder
+from parallel.models.encoder_config import EncoderConfig
+from parallel.models.families import ENCODERS, FAMILIES, Stored
 from parallel.shard import Shard, param_shards
 
-__all__ = ["Part", "parts", "whole_shards"]
+__all__ = ["ModelConfig", "Part", "parts", "whole_shards"]
+
+ModelConfig = DecoderConfig | EncoderConfig
 
 
 class Part(NamedTuple):
@@ -31,15 +35,21 @@ class Part(NamedTuple):
     transposed: bool
 
 
-def whole_shards(config: DecoderConfig) -> dict[str, Shard]:
+def whole_shards(config: ModelConfig) -> dict[str, Shard]:
     """The shard table of the whole model, in the order of its parameters; takes no memory."""
-    return param_shards(Decoder(config.resolved(), Build(mesh=Mesh.single())))
+    build = Build(mesh=Mesh.single())
+    if isinstance(config, EncoderConfig):
+        return param_shards(Encoder(config.resolved(), build))
+    return param_shards(Decoder(config.resolved(), build))
 
 
-def parts(config: DecoderConfig) -> dict[str, tuple[Part, ...]]:
+def parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     """Our parameter name -> the tensors that hold it, in the order of its rows."""
     shards = whole_shards(config)
-    stored = FAMILIES[config.family].stored(config)
+    if isinstance(config, EncoderConfig):
+        stored = ENCODERS[config.family].stored(config)
+    else:
+        stored = FAMILIES[config.family].stored(config)
     return {name: _parts(shard, stored[name]) for name, shard in shards.items()}
 
 

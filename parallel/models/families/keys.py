@@ -120,12 +120,13 @@ class Keys:
         if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in values):
             self._wrong(key, reason)
 
-    def refuse_unsupported(self, architecture: str) -> None:
-        """The keys that no family here honours."""
+    def refuse_unsupported(self, architecture: str, *others: str) -> None:
+        """The keys that no family here honours, and an architecture that is neither the family's nor of ``others``."""
         for key, values in _NEUTRAL.items():
             self.neutral(key, None, *values, reason=_REASONS.get(key, "is not supported"))
         given = self._get("architectures", None)
         names = {architecture.lower(), architecture.replace("ForCausalLM", "Model").replace("LMHead", "").lower()}
+        names |= {other.lower() for other in others}
         if given not in (None, []) and not (
             isinstance(given, list) and any(str(name).lower() in names for name in given)
         ):
