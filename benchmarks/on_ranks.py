@@ -26,8 +26,11 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
 
 
-def on_ranks(args: argparse.Namespace, world: int, measure: Callable[[], Any]) -> Any:
+def on_ranks(args: argparse.Namespace, world: int, measure: Callable[[], Any], *more: str) -> Any:
     """What ``measure`` returns on rank 0 of ``world`` ranks, each this script again; a rank itself ends here.
+
+    Args:
+        more: arguments that the ranks get beside this script's own.
 
     Raises:
         ContestError: a rank failed.
@@ -36,7 +39,7 @@ def on_ranks(args: argparse.Namespace, world: int, measure: Callable[[], Any]) -
         sys.exit(run_rank(lambda: _be_rank(args, measure)))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], "--report", str(report)]
+        command = [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], *more, "--report", str(report)]
         path = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         code = run_local(command, world, environ=environ, threads_per_rank=args.threads, grace_s=2.0)

@@ -79,7 +79,7 @@ def one(args: argparse.Namespace, mesh: Any, schedule: str, precision: str, late
     scale = 1 / sum(len(batch) - 1 for batch in batches)
     timelines = []
     for turn in range(args.warmup + args.steps):
-        stages.train(batches, lambda last, of: None, trace=True, scale=scale)
+        stages.train(batches, lambda last, of, whole: None, trace=True, scale=scale)
         timeline = stages.timeline()
         timelines += [timeline] if turn >= args.warmup else []
     costs = measured_costs(*timelines[::2], latency=latency)

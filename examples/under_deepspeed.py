@@ -1,17 +1,16 @@
-"""The same decoder under our trainer and under DeepSpeed's own engine: ZeRO stages 1, 2 and 3, the same losses.
+"""The same decoder under our own engine and under DeepSpeed's, in the same trainer: ZeRO 0 to 3, the same losses.
 
     torchrun --nproc-per-node 4 examples/under_deepspeed.py --tp 2          tp = 2 x dp = 2
     torchrun --nproc-per-node 2 examples/under_deepspeed.py --stages 3      dp = 2
 
 Needs `pip install 'lockstep[deepspeed]'`; without a GPU set DS_ACCELERATOR=cpu. Rank 0 prints a JSON line a stage:
-the losses of both, and the largest relative differences of losses and weights.
+the losses of both, and the largest relative differences of losses, gradient norms and weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from parallel.models.batch import Batch
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
 from parallel.models.decoder import Decoder, build_model
-from zero import OptimizerConfig, Trainer, ZeroConfig, ZeroOptimizer
+from zero import Metrics, OptimizerConfig, Trainer, ZeroConfig, ZeroOptimizer
 from zero.deepspeed_engine import UnderDeepSpeed
 
 CONFIG = DecoderConfig(vocabulary=97, hidden=32, layers=2, heads=4, kv_heads=2, head_size=8, feed_forward=48)
@@ -44,49 +43,55 @@ def batches(mesh: Mesh, step: int) -> list[Batch]:
     return found
 
 
-def document(stage: int) -> dict[str, Any]:
-    """A configuration of DeepSpeed: fp32, and our optimizer."""
-    return {
-        "zero_optimization": {"stage": stage, "memory_efficient_linear": False},
-        "steps_per_print": 10**9,
-    }
+def optimizer_of(mesh: Mesh, model: Decoder, stage: int, engine: str) -> ZeroOptimizer | UnderDeepSpeed:
+    """Ours, or DeepSpeed with our AdamW."""
+    if engine == "lockstep":
+        return ZeroOptimizer(model, mesh, OPTIMIZER, zero=ZeroConfig(stage=stage))
+    document = {"zero_optimization": {"stage": stage}}
+    return UnderDeepSpeed(model, mesh, document, microbatches=MICROBATCHES, optimizer=OPTIMIZER)
 
 
-def ours(mesh: Mesh, model: Decoder, stage: int, steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses, and this rank's pieces of the weights."""
-    optimizer = ZeroOptimizer(model, mesh, OPTIMIZER, zero=ZeroConfig(stage=stage))
+def train(mesh: Mesh, stage: int, steps: int, engine: str) -> tuple[list[Metrics], dict[str, Tensor]]:
+    """What the steps gave, and this rank's pieces of the master weights."""
+    model = build_model(CONFIG, Build(mesh=mesh), 7)
+    optimizer = optimizer_of(mesh, model, stage, engine)
     trainer = Trainer(model, optimizer, mesh, steps=steps)
-    losses = [trainer.step(batches(mesh, step)).loss for step in range(steps)]
-    return losses, {name: value.clone() for name, value in optimizer.pieces("master")}
+    metrics = [trainer.step(batches(mesh, step)) for step in range(steps)]
+    return metrics, {name: value.clone() for name, value in optimizer.pieces("master")}
 
 
-def theirs(mesh: Mesh, model: Decoder, stage: int, steps: int) -> tuple[list[float], dict[str, Tensor]]:
-    """The same under DeepSpeed."""
-    trainer = UnderDeepSpeed(model, mesh, document(stage), steps=steps, microbatches=MICROBATCHES, optimizer=OPTIMIZER)
-    losses = [trainer.step(batches(mesh, step))[0] for step in range(steps)]
-    return losses, {name: value.clone() for name, value in trainer.weights()}
+def largest(ours: list[float], theirs: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
-    """Train both at every stage and compare."""
+    """Train under both at every stage and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--stages", type=int, nargs="*", default=[0, 1, 2, 3])
     args = parser.parse_args()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     mesh = Mesh.build(Layout(tp=args.tp, dp=dist.get_world_size() // args.tp))
     for stage in args.stages:
-        both = [train(mesh, build_model(CONFIG, Build(mesh=mesh), 7), stage, args.steps) for train in (ours, theirs)]
-        (losses, weights), (their_losses, their_weights) = both
-        loss = max(abs(a - b) / abs(b) for a, b in zip(losses, their_losses, strict=True))
+        (ours, weights), (theirs, their_weights) = (
+            train(mesh, stage, args.steps, engine) for engine in ("lockstep", "deepspeed")
+        )
         weight = torch.tensor(
             max(float((w - their_weights[name]).abs().max() / w.abs().max()) for name, w in weights.items())
         )
         dist.all_reduce(weight, dist.ReduceOp.MAX)
         if mesh.rank == 0:
-            report = {"stage": stage, "loss": loss, "weight": float(weight), "ours": losses, "deepspeed": their_losses}
+            report = {
+                "stage": stage,
+                "loss": largest([m.loss for m in ours], [m.loss for m in theirs]),
+                "norm": largest([m.grad_norm for m in ours], [m.grad_norm for m in theirs]),
+                "weight": float(weight),
+                "ours": [m.loss for m in ours],
+                "deepspeed": [m.loss for m in theirs],
+            }
             print(json.dumps(report), flush=True)
     dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from infer.beamjob import BeamJob
 from infer.completion import Event
 from infer.job import Job, Member
 from infer.limits import Limits
@@ -97,7 +98,9 @@ class Engine:
         if seed is None:
             seed = secrets.randbits(63)
         seed = seed if params.seed is None else params.seed
-        job = Job(self._number(), prompt, params, seed=seed, detokenizer=self.detokenizer, ends=self.limits.ends)
+        job = (BeamJob if params.beams > 1 else Job)(
+            self._number(), prompt, params, seed=seed, detokenizer=self.detokenizer, ends=self.limits.ends
+        )
         request = Request(
             job.id,
             list(prompt),
@@ -107,6 +110,7 @@ class Engine:
             salt=salt,
             most=len(prompt) + params.max_tokens,
             reuse=params.prompt_logprobs is None,
+            external=params.beams > 1,
         )
         self.scheduler.add(request)
         self._jobs[job.id] = job
@@ -173,6 +177,10 @@ class Engine:
         for run, (member, token) in enumerate(zip(flight.members, outcome.tokens, strict=True)):
             if member.end is not None or member.request.id not in self._members:
                 continue  # it has ended since this step was planned
+            if isinstance(member.job, BeamJob):
+                self._search(member.job, member, token, outcome.candidates.get(run, ()), outcome.errors.get(run, ""))
+                changes.setdefault(member.job.id, [])
+                continue
             given = len(member.stream.tokens)
             if token < 0:
                 member.end, member.job.error = "error", outcome.errors.get(run, "")
@@ -193,10 +201,38 @@ class Engine:
         events: list[Event] = []
         for id, own in changes.items():
             job = self._jobs[id]
+            if isinstance(job, BeamJob):
+                own = [(job.members[0], "", (), ())] if job.done else []
             events += job.events(own)
             if job.done:
                 del self._jobs[id]
         return events
+
+    def _search(
+        self, job: BeamJob, member: Member, token: int, candidates: Sequence[tuple[int, float]], error: str
+    ) -> None:
+        """A beam has its candidates: when all have, the next beams take their place."""
+        if job.done:
+            return
+        if token < 0:
+            job.error = error
+        else:
+            following = job.take(member, candidates, self.scheduler, self._number)
+            if following is not None:
+                gone = {parent.request.id for _, parent in following} | set(job.last)
+                for beam, parent in following:
+                    if beam.request.id not in self._members:
+                        self.runner.fork(parent.request.id, beam.request.id)
+                    self._members[beam.request.id] = beam
+                for id in gone - {beam.request.id for beam, _ in following}:
+                    self._members.pop(id, None)
+                    self.runner.forget(id)
+                job.last = [beam.request.id for beam, _ in following]
+        if job.done:
+            for beam in job.members:
+                beam.end = "error" if job.error else "stop"
+                self._leave(beam)
+                self.scheduler.finish(beam.request, "error" if job.error else "stop", job.error)
 
     def _fork(self, job: Job) -> None:
         """The prompt is computed: let the other samples begin."""

@@ -93,15 +93,22 @@ class Job:
         self.members: list[Member] = []
         self.prompt_logprobs: list[TokenLogProb] = []
         self.error = ""
+        self._first: Request | None = None
         self._detokenizer, self._ends = detokenizer, ends
 
     def join(self, request: Request) -> Member:
         """One member more."""
         index = len(self.members)
+        self._first = self._first or request
         stream = TextStream(self.params, self._detokenizer, ends=self._ends, context=self.prompt)
         member = Member(self, index, request, stream, request_seed(self.seed, index))
         self.members.append(member)
         return member
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were found in the prefix cache."""
+        return min(len(self.prompt), self._first.cached) if self._first is not None else 0
 
     @property
     def done(self) -> bool:
@@ -117,11 +124,10 @@ class Job:
         """The whole, once all is done."""
         choices = [member.choice() for member in self.members]
         if self.ranked:
-            choices.sort(key=lambda choice: -choice.score / max(1, len(choice.tokens)))
+            choices.sort(key=lambda choice: -choice.score)
             choices = [_renumbered(choice, place) for place, choice in enumerate(choices[: self.params.n])]
         scored = tuple(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
-        cached = self.members[0].request.cached
-        return Completion(self.prompt, tuple(choices), scored, self.error, cached)
+        return Completion(self.prompt, tuple(choices), scored, self.error, self.cached)
 
     def events(
         self, changes: Sequence[tuple[Member, str, tuple[int, ...], tuple[TokenLogProb, ...]]]

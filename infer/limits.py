@@ -37,6 +37,12 @@ class Limits:
     def problems(self, prompt: Sequence[int], params: SamplingParams) -> list[str]:
         """Why a prompt cannot be continued so, every reason."""
         found = list(params.problems(vocabulary=self.vocabulary, ends=self.ends, text=self.text))
+        if isinstance(params.beams, int) and params.beams > 1:
+            for name in ("logprobs", "prompt_logprobs"):
+                if getattr(params, name) is not None:
+                    found.append(
+                        f"{name} = {getattr(params, name)}: beam search (beams = {params.beams}) reports scores only"
+                    )
         if not prompt:
             return [*found, "the prompt is empty"]
         if bad := [token for token in prompt if not 0 <= token < self.vocabulary]:

@@ -55,7 +55,7 @@ class Bound(NamedTuple):
             kind = "whole number" if self.whole else "number"
             return f"{self.field} = {value!r}: must be a {kind}{' or None' if self.optional else ''}"
         short = value <= self.low if self.above else value < self.low
-        if not short and value <= self.high and math.isfinite(value):
+        if not short and value <= self.high:  # false of NaN
             return ""
         least = f"more than {self.low:g}" if self.above else f"at least {self.low:g}"
         most = f" and at most {self.high:g}" if math.isfinite(self.high) else ""
@@ -94,7 +94,9 @@ class SamplingParams:
     max_tokens: int = option(128, "most tokens to generate")
     min_tokens: int = option(0, "tokens to generate before one may stop the request, or a stop string may end")
     temperature: float = option(0.0, "logits are divided by it; 0: the likeliest token, always")
-    top_k: int = option(0, "only the k likeliest tokens, and what is as likely as the last of them; 0: all")
+    top_k: int = option(
+        0, "only the k likeliest tokens, and what is as likely as the last of them (32 such or more); 0: all"
+    )
     top_p: float = option(1.0, "only the fewest likeliest tokens whose probabilities add up to at least this")
     min_p: float = option(0.0, "only tokens that are at least this many times as probable as the likeliest")
     typical_p: float = option(

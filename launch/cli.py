@@ -19,6 +19,9 @@ COMMANDS: Registry[Command] = Registry(
     {
         "train": "launch.train:main",
         "export": "launch.export:main",
+        "import": "launch.foreign:main",
+        "reshard": "launch.reshard:main",
+        "compare": "launch.compare:main",
         "generate": "launch.generate:main",
         "verify": "launch.verify:main",
         "draw": "launch.draw:main",
@@ -29,6 +32,9 @@ USAGE = """lockstep: train and serve large transformers; the answer does not dep
 
   lockstep train RECIPE [--layout.tp 2 --layout.dp 2 --steps 100 --precision bf16 --out DIR ...]
   lockstep export RUN MODEL_DIR            a run's latest checkpoint as a Hugging Face folder
+  lockstep import CHECKPOINT MODEL_DIR --config FOLDER     the same from a checkpoint of DeepSpeed or torch
+  lockstep reshard RUN NEW_RUN --layout.dp 4 ...    a run's latest checkpoint, written by another layout
+  lockstep compare ONE OTHER               are two checkpoints the same, bit for bit?
   lockstep generate MODEL_DIR --prompt TEXT [--layout.tp 2 ...]
   lockstep verify MODEL_DIR_OR_RECIPE --layout.tp 2 ...    is this layout equal to one device?
   lockstep draw SCHEDULE [--stages 4 --microbatches 8 --out x.svg ...]    a pipeline schedule, simulated

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +22,8 @@ from parallel.errors import ConfigError, RankError, Refusal, refuse
 from parallel.mesh import Layout, Mesh
 
 __all__ = ["Stop", "check_world", "choose_device", "first_alone", "on_ranks", "stop_signals"]
+
+ECHO_S = 2.0
 
 
 def on_ranks(
@@ -115,19 +119,30 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into a request; the second does what it always did."""
-    stop = Stop()
-    previous: dict[int, object] = {}
+    """Turn the first SIGINT or SIGTERM into a request; the second does what it always did.
+
+    torchrun and its like pass on a signal that their ranks may have got themselves (from a terminal, from SLURM): under
+    them a second one counts from two seconds after the first.
+    """
+    stop, previous, asked_at = Stop(), dict[int, Any](), 0.0
+    place = detect(os.environ)
+    echo_s = 0.0 if place is None or place.source == "lockstep" else ECHO_S
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
     def note(number: int, frame: types.FrameType | None) -> None:
-        stop.asked = True
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+        nonlocal asked_at
+        if not stop.asked:
+            stop.asked, asked_at = True, time.monotonic()
+        elif time.monotonic() - asked_at >= echo_s:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, note)
     try:
         yield stop
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)  # pyright: ignore[reportArgumentType]
+        restore()

@@ -23,6 +23,7 @@ from parallel.pp import PipelineConfig
 from parallel.pp.draw import path_problems
 from zero.data import DataConfig, Prepared
 from zero.deepspeed import DeepSpeedReading, read_deepspeed, translate
+from zero.deepspeed_document import engine_misfits
 from zero.loader import Loader
 from zero.optimizer import OptimizerConfig, ZeroConfig
 from zero.schedule import ScheduleConfig
@@ -59,6 +60,7 @@ class ZeroOptions(ZeroConfig):
     """How training state is cut over the data axis, and whose configuration says so."""
 
     deepspeed: str = option("", "DeepSpeed's JSON configuration, laid over the recipe")
+    backend: Literal["lockstep", "deepspeed"] = option("lockstep", "whose engine trains: ours, or DeepSpeed's own")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,8 @@ class Recipe:
         yield from layout_refusals(self.layout, "cp", "ep", "etp")
         if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
             yield from self.model_problems()
+        if self.zero.backend == "deepspeed":
+            yield from engine_misfits(self.zero, self.dtype, self.layout.pp, traced=bool(self.trace))
         if self.layout.dp >= 1:
             yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
             batch = self.batch
@@ -132,6 +136,12 @@ class Recipe:
             return
         yield from (f"model: {problem}" for problem in FAMILIES[model.family].problems(model.resolved()))
         yield from model.layout_problems(self.layout.tp)
+        if self.zero.backend == "deepspeed" and model.resolved().kv_heads < self.layout.tp:
+            heads, tp = model.resolved().kv_heads, self.layout.tp
+            yield (
+                f"layout.tp = {tp} repeats the {heads} key-value heads, which DeepSpeed would count twice when it "
+                f"clips; the nearest that works under its engine is layout.tp = {heads}"
+            )
         if self.layout.pp > 1 and self.microbatches >= 1:
             yield from (f"pp: {misfit}" for misfit in self.pp.misfits(model.layers, self.layout.pp, self.microbatches))
         if model.positions == "learned" and self.batch.sequence > model.max_positions:
@@ -223,5 +233,6 @@ def deepspeed_reading(recipe: Recipe | _Frame) -> DeepSpeedReading:
         ConfigError: it cannot be read.
     """
     layout, path = recipe.layout, Path(recipe.zero.deepspeed)
-    reading = translate(read_deepspeed(path), ranks=layout.dp * layout.cp, steps=recipe.steps)
+    engine, ranks = recipe.zero.backend == "deepspeed", layout.dp * layout.cp
+    reading = translate(read_deepspeed(path), ranks=ranks, steps=recipe.steps, engine=engine)
     return dataclasses.replace(reading, problems=[f"{path}: {problem}" for problem in reading.problems])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from launch.cli import help_text, positionals
+from launch.deepspeed import check_deepspeed, deepspeed_optimizer
 from launch.ranks import check_world, first_alone, on_ranks, stop_signals
 from launch.recipe import Recipe, deepspeed_reading, load_recipe, recipes
 from parallel.config import options, parse_flags, to_table, to_toml
@@ -23,7 +24,8 @@ from parallel.pp.draw import draw
 from parallel.pp.measured import measured_costs
 from parallel.tokenizer import load_tokenizer, write_tokenizer
 from zero.data import Prepared, prepare
-from zero.loader import Loader, validation_batches
+from zero.engine import Optimizer
+from zero.loader import Loader, Sample, validation_batches
 from zero.metrics import Metrics
 from zero.optimizer import ZeroOptimizer
 from zero.run import RunFolder
@@ -49,6 +51,10 @@ FREE = (
     "trainer.save_async",
     "trainer.keep",
     "trainer.fall_back",
+    "trainer.on_not_finite",
+    "trainer.spike",
+    "trainer.rewind",
+    "trainer.slow",
     "trainer.fault",
 )
 """Options that may change when a run is continued."""
@@ -64,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     (name,) = positionals(["RECIPE"], given, problems)
     recipe = load_recipe(name, overrides, problems)
+    if recipe.zero.backend == "deepspeed":
+        check_deepspeed(recipe)
     if check_world(recipe.layout, recipe.device) is None:
         folder = RunFolder(Path(recipe.out))
         folder.hold()
@@ -126,16 +134,17 @@ def _run(recipe: Recipe, mesh: Mesh, folder: RunFolder) -> int:
     first = mesh.rank == 0
     prepared = Prepared.load(recipe.data_folder)
     recipe = recipe.with_model(prepared)
-    model = model_of(recipe, mesh)
+    model, source = model_of(recipe, mesh), loader(recipe, prepared, mesh)
     with stop_signals() as stop:
         trainer = Trainer(
             model,
-            ZeroOptimizer(model, mesh, recipe.optimizer, zero=recipe.zero),
+            optimizer_of(recipe, model, mesh),
             mesh,
             steps=recipe.steps,
             config=recipe.trainer,
             schedule=recipe.schedule,
-            data=loader(recipe, prepared, mesh).step,
+            data=source.step,
+            samples=source.samples,
             validation=lambda: validation_batches(
                 prepared.open("validation"),
                 sequence=recipe.batch.sequence,
@@ -170,6 +179,13 @@ def model_of(recipe: Recipe, mesh: Mesh) -> Decoder:
     if recipe.init:
         return load_model(Path(recipe.init), build)
     return build_model(recipe.model, build, recipe.seed)
+
+
+def optimizer_of(recipe: Recipe, model: Decoder, mesh: Mesh) -> Optimizer:
+    """What changes the weights of a recipe's model: ours, or DeepSpeed's engine."""
+    if recipe.zero.backend == "deepspeed":
+        return deepspeed_optimizer(recipe, model, mesh)
+    return ZeroOptimizer(model, mesh, recipe.optimizer, zero=recipe.zero)
 
 
 def _cuts(recipe: Recipe, build: Build) -> tuple[Cut, ...]:
@@ -219,12 +235,12 @@ def loader(recipe: Recipe, prepared: Prepared, mesh: Mesh) -> Loader:
 def _reporter(steps: int) -> Callable[[Metrics], None]:
     """Prints a line a step on a terminal; elsewhere about fifty a run, and at least one in ten seconds."""
     every = 1 if sys.stdout.isatty() else max(1, steps // 50)
-    printed = time.monotonic()
+    printed, slow = time.monotonic(), set[int]()
 
     def report(m: Metrics) -> None:
         nonlocal printed
-        if m.save_failed:
-            print(f"SAVE FAILED: {m.save_failed}", file=sys.stderr, flush=True)
+        for line in _alarms(m, slow):
+            print(line, file=sys.stderr, flush=True)
         due = m.step % every == 0 or m.step == steps or m.skipped or m.validation_loss is not None
         if not due and time.monotonic() - printed < 10:
             return
@@ -238,3 +254,27 @@ def _reporter(steps: int) -> Callable[[Metrics], None]:
         print(line + (f"  SKIPPED: gradients not finite ({m.not_finite})" if m.skipped else ""), flush=True)
 
     return report
+
+
+def _alarms(m: Metrics, slow: set[int]) -> Iterator[str]:
+    """What of a step must not be overlooked; ``slow``: ranks of which it has been said."""
+    if m.save_failed:
+        yield f"SAVE FAILED: {m.save_failed}"
+    if (r := m.rewound) is not None:
+        yield (
+            f"SPIKE: the loss of step {r.from_step} was {r.loss:.4f}, {r.spike:.1f} times the median of those before. "
+            f"Back at step {r.to_step}; share {r.share} of the data is passed over from now on: {_told(r.samples)}"
+        )
+    if m.spike is not None:
+        yield f"SPIKE: the loss of step {m.step} is {m.spike:.1f} times the median of those before: {_told(m.samples)}"
+    for rank, times in (m.slow_ranks or {}).items():
+        if rank not in slow:
+            yield f"SLOW: rank {rank} computes {times:.1f} times as long as ranks like it (step {m.step})"
+            slow.add(rank)
+
+
+def _told(samples: Sequence[Sample] | None) -> str:
+    """Some of the samples of a step, as window (documents)."""
+    shown = [f"{s.window} ({s.first_document}-{s.last_document})" for s in samples or ()]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    return f"windows (documents) {', '.join(shown[:8])}{more}" if shown else "samples unknown"

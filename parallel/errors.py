@@ -9,6 +9,8 @@
     │   ├── CheckpointError     a checkpoint that cannot be read or does not fit
     │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
     ├── SaveError               a checkpoint that could not be written; the one before it stands
+    ├── NotEnoughMemory         training state, or a step, that does not fit a rank (zero/memory.py)
+    ├── NotFiniteError          gradients that are not finite, where a run is to stop for that (zero/loop.py)
     ├── ShardError              a tensor that does not fit its entry in the shard table
     └── RankError               a rank that raised, died or stopped answering
         └── PipelineError       the same inside a pipeline step; it names the action

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Entry", "Ledger", "caller"]
+__all__ = ["Entry", "Ledger", "Timed", "caller"]
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
@@ -33,10 +38,16 @@ class Entry:
 
 
 class Ledger:
-    """Totals for each (operation, axis, place), and the most recent entries in order."""
+    """Totals for each (operation, axis, place), and the most recent entries in order.
+
+    Attributes:
+        recent: the entries.
+        waited_s: seconds that the host has waited for other ranks; with NCCL it is the device that waits.
+    """
 
     def __init__(self, recent: int = 256) -> None:
         self.recent: deque[Entry] = deque(maxlen=recent)
+        self.waited_s = 0.0
         self._totals: dict[tuple[str, str, str], list[int]] = {}
 
     def record(self, entry: Entry) -> None:
@@ -46,6 +57,15 @@ class Ledger:
         total[0] += 1
         total[1] += entry.payload
         total[2] += entry.sent
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done inside is waiting for other ranks."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - began
 
     def calls(self, operation: str | None = None, axis: str | None = None) -> int:
         """How many collectives there were, of one operation and axis or of all."""
@@ -61,6 +81,7 @@ class Ledger:
 
     def reset(self) -> None:
         """Forget everything."""
+        self.waited_s = 0.0
         self.recent.clear()
         self._totals.clear()
 
@@ -77,6 +98,24 @@ class Ledger:
             for (op, ax, _), total in self._totals.items()
             if operation in (None, op) and axis in (None, ax)
         )
+
+
+class Timed:
+    """A collective under way of which the ledger learns how long it is waited for."""
+
+    __slots__ = ("_ledger", "_work")
+
+    def __init__(self, work: Any, ledger: Ledger) -> None:
+        self._work, self._ledger = work, ledger
+
+    def wait(self, *limit: timedelta) -> None:
+        """As of the work itself."""
+        with self._ledger.waiting():
+            self._work.wait(*limit)
+
+    def is_completed(self) -> bool:
+        """As of the work itself."""
+        return self._work.is_completed()
 
 
 def caller(*skip: str) -> str:

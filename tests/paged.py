@@ -6,12 +6,15 @@ page, copied too late or taken from somebody else's prefix is therefore a number
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from infer.policy import PageGroup
-from infer.request import Request
+from infer.request import Life, Request
+from infer.scheduler import Scheduler
 from infer.step import Step, slots
 
 VOCABULARY = 50
@@ -124,3 +127,37 @@ class Machine:
         for name in self.moved:
             self.moved[name] += len(getattr(moves, name))
         return lost
+
+
+def request(number: int, tokens: list[int], new: int, **more: Any) -> Request:
+    """A request that generates so many tokens."""
+    return Request(number, list(tokens), len(tokens), None, most=len(tokens) + new, **more)
+
+
+def alone(tokens: list[int], new: int, salt: bytes = b"") -> list[int]:
+    """What the "model" makes of a prompt."""
+    tokens = list(tokens)
+    for _ in range(new):
+        tokens.append(next_token(values_of(tokens, salt)[-1]))
+    return tokens
+
+
+def serve(
+    scheduler: Scheduler, machine: Machine, steps: int | None = None, each: Callable[[Step], None] | None = None
+) -> int:
+    """Plan, execute and commit until all have ended, or so many steps; every request ends at its length."""
+    for number in range(steps or 10_000):
+        if not scheduler.requests:
+            return number
+        step = scheduler.plan()
+        scheduler.check()
+        if each is not None:
+            each(step)
+        tokens, lost = machine.execute(machine.prepare(step, scheduler.tables))
+        scheduler.commit(step, tokens, lost)
+        for one in step.requests[: step.samples]:
+            if one.life is Life.RUNNING and len(one.tokens) >= one.most:
+                scheduler.finish(one, "length")
+        scheduler.check()
+    assert steps is not None, "requests never end"
+    return steps

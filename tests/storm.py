@@ -111,12 +111,14 @@ class World:
             del self.machine.disk[place]
 
     def step(self) -> None:
-        """Plan, and commit: this step, or the one before."""
+        """Plan, and commit: this step, or the one before, or none for now."""
+        if len(self.flights) == 2:
+            self.commit()
         step = self.scheduler.plan()
         self.flights.append(self.machine.prepare(step, self.scheduler.tables))
         assert len(step.tokens_T) <= self.config.budget
         assert step.bounds[-1] == len(step.tokens_T) == len(step.positions_T)
-        if not self.asynchronous or len(self.flights) > 1 or self.random.random() < 0.1:
+        if not self.asynchronous or self.random.random() < 0.2 * len(self.flights):
             self.commit()
 
     def commit(self) -> None:
@@ -155,8 +157,9 @@ class World:
             self.step()
             self.check()
         assert not self.scheduler.requests, "a request never ends"
-        self.commit()
-        self.check()
+        while self.flights:
+            self.commit()
+            self.check()
         stats = self.scheduler.stats
         assert not any(stats.used) and not any(stats.host_used) and stats.running == stats.waiting == stats.swapped == 0
         for request in self.ended:
@@ -184,10 +187,8 @@ class World:
 OPERATIONS = {"step": 40, "submit": 12, "extend": 8, "fork": 5, "abort": 3, "preempt": 2, "commit": 2, "spoil": 1}
 
 
-def storm(seed: int, world: str, asynchronous: bool, operations: int) -> World:
+def run_storm(made: World, operations: int) -> None:
     """That many random operations, a check after each; then everything is let to its end."""
-    config, groups = WORLDS[world]
-    made = World(seed, config, groups, asynchronous)
     names, weights = list(OPERATIONS), list(OPERATIONS.values())
     for name in made.random.choices(names, weights, k=operations):
         if name == "submit":
@@ -196,6 +197,13 @@ def storm(seed: int, world: str, asynchronous: bool, operations: int) -> World:
             getattr(made, name)()
         made.check()
     made.drain()
+
+
+def storm(seed: int, world: str, asynchronous: bool, operations: int) -> World:
+    """:func:`run_storm` in a new world."""
+    config, groups = WORLDS[world]
+    made = World(seed, config, groups, asynchronous)
+    run_storm(made, operations)
     return made
 
 

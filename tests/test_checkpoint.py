@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from safetensors import safe_open
-from safetensors.torch import load_file
 from test_trainer import CONFIG, OPTIMIZER, batches, trainer_on
 from torch import Tensor
 
-from parallel import comm
-from parallel.errors import CheckpointError, ConfigError, SaveError
+from parallel.errors import CheckpointError, ConfigError
 from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
@@ -32,8 +28,6 @@ from parallel.pp import PipelineConfig
 from zero import checkpoint
 from zero.checkpoint.publish import MOVES, State
 from zero.checkpoint.runs import clip, shared_runs
-from zero.checkpoint.saver import Saver
-from zero.checkpoint.writer import DTYPES, write_fragments
 from zero.faults import KINDS, POINTS, Fault, InjectedFault, Injector
 from zero.fragment import Fragment
 from zero.optimizer import ZeroConfig, ZeroOptimizer
@@ -208,32 +202,6 @@ def test_a_whole_matrix_is_one_run() -> None:
     assert [len(part) for part in shared_runs((8, 16), whole, (8, 16), whole)[:2]] == [1, 1]
 
 
-def test_files_are_what_the_library_reads_with_the_hash_of_what_was_written(tmp_path: Path) -> None:
-    held = [
-        Fragment("a.weight", "master", 0, torch.randn(1000, dtype=torch.bfloat16)),
-        Fragment("a.weight", "exp_avg", 5, torch.randn(3, 7).t().reshape(-1)),
-        *(Fragment(str(dtype), "x", 0, torch.arange(9).to(dtype)) for dtype in DTYPES),
-        Fragment("big", "master", 2, torch.arange(3 << 20, dtype=torch.float64)),
-    ]
-    path = tmp_path / "x.safetensors"
-    written = write_fragments(path, held, Injector(), 1)
-    assert written == {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    read = load_file(path)
-    assert read.keys() == {fragment.key for fragment in held}
-    for fragment in held:
-        assert read[fragment.key].dtype == fragment.values.dtype
-        assert torch.equal(read[fragment.key], fragment.values)
-    with safe_open(path, "pt") as file:
-        assert file.get_slice("big|master|2").get_shape() == [3 << 20]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now
-
-
 def trained(folder: Path, steps: int = 1, **loop: Any) -> Trainer:
     """A run of a few steps with a checkpoint after each."""
     folder.mkdir(exist_ok=True)
@@ -382,110 +350,6 @@ def test_the_state_of_another_optimizer_is_refused_by_name(tmp_path: Path) -> No
         with_(torch.optim.AdamW).resume()
     assert any("embedding.weight|exp_avg" in problem for problem in caught.value.problems)
     assert not any("is whole" in problem for problem in caught.value.problems), "an older one would not fit either"
-
-
-# In the background
-
-
-class Gate(Injector):
-    """Holds the writer at a point until it is opened."""
-
-    def __init__(self, point: str) -> None:
-        super().__init__()
-        self.point, self.reached, self.opened = point, threading.Event(), threading.Event()
-
-    def at(self, point: str, step: int | None = None) -> None:
-        """Wait here."""
-        if point == self.point:
-            self.reached.set()
-            assert self.opened.wait(20)
-
-
-def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
-    trainer, gate = trained(tmp_path / "run"), Gate("save.write")
-    saver = Saver(tmp_path / "c", trainer.mesh, trainer.optimizer, keep=1, faults=gate)
-    expected = {f.key: f.values.clone() for f in trainer.optimizer.state()}
-    saver.save(step=1, tokens=0, background=True)
-    assert gate.reached.wait(20)
-    trainer.step(batches(9))
-    for fragment in trainer.optimizer.state():
-        fragment.values.fill_(7)
-    assert checkpoint.latest(tmp_path / "c") is None
-    saver.poll()
-    assert saver.durable == -1
-    gate.opened.set()
-    saver.close()
-    assert saver.durable == 1
-    assert threading.active_count() == 1
-    read = load_file(tmp_path / "c" / "step-00000001" / "rank-00000.safetensors")
-    assert read.keys() == expected.keys()
-    assert all(torch.equal(read[key], value) for key, value in expected.items())
-
-
-def test_one_save_at_a_time(tmp_path: Path) -> None:
-    trainer, gate = trained(tmp_path / "run"), Gate("save.fsync")
-    saver = Saver(tmp_path / "c", trainer.mesh, trainer.optimizer, keep=5, faults=gate)
-    saver.save(step=1, tokens=0, background=True)
-    assert gate.reached.wait(20)
-    threading.Timer(0.1, gate.opened.set).start()
-    saver.save(step=2, tokens=0, background=True)
-    found = checkpoint.latest(tmp_path / "c")
-    assert found is not None and found.name == "step-00000001", "the first was waited for"
-    saver.close()
-    assert sorted(p.name for p in (tmp_path / "c").glob("step-*")) == ["step-00000001", "step-00000002"]
-
-
-@pytest.mark.parametrize("point", ["save.write", "save.rename", "save.pointer"])
-def test_a_writer_that_fails_is_heard_of_and_the_next_save_is_not_left_to_it(tmp_path: Path, point: str) -> None:
-    trainer = trained(tmp_path / "run")
-    saver = Saver(
-        tmp_path / "c", trainer.mesh, trainer.optimizer, keep=5, faults=Injector(f"raise@0,2,{point}; eio@0,4,{point}")
-    )
-    saver.save(step=1, tokens=0, background=True)
-    saver.save(step=2, tokens=0, background=True)
-    with pytest.raises(SaveError, match=f"step 2 could not be saved: rank 0: InjectedFault: injected at {point}"):
-        while True:
-            saver.poll()
-    assert not list((tmp_path / "c").glob(".*"))
-    saver.save(step=3, tokens=0, background=True)
-    assert saver.durable == 3, "in the foreground"
-    saver.save(step=4, tokens=0, background=True)
-    with pytest.raises(SaveError, match=r"step 4 .*Input/output error"):
-        saver.save(step=5, tokens=0, background=True)
-    assert saver.durable == 5, "the state was saved nevertheless, and at once"
-    assert isinstance(InjectedFault(), Exception)
-
-
-def train_behind(folder: str, background: bool) -> list[Any]:
-    """On the ranks: a run that saves every step; the losses and what is there at the end."""
-    mesh = Mesh.build(Layout(tp=2, dp=2))
-    trainer = trainer_on(
-        mesh,
-        dtype=torch.float32,
-        steps=5,
-        folder=RunFolder(Path(folder)),
-        loop=TrainerConfig(save_every=1, keep=9, save_async=background, fault="enospc@1,3,save.write"),
-    )
-    trainer.run()
-    comm.barrier(mesh.world)
-    return sorted(p.name for p in (Path(folder) / "checkpoints").iterdir())
-
-
-def test_saving_behind_the_training_of_several_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    """Rank 1 has no room in step 3: no rank publishes that step, all go on."""
-    values = []
-    for background in (False, True):
-        folder = tmp_path / str(background)
-        folder.mkdir()
-        steps = ranks.run(train_behind, world=4, folder=str(folder), background=background)[0]
-        assert steps == ["latest", *(f"step-{step:08d}" for step in (1, 2, 4, 5))]
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        failed = {line["step"]: line["save_failed"] for line in lines if "save_failed" in line}
-        assert [*failed] == [4] and "No space left" in failed[4]
-        saved = checkpoint.Checkpoint.open(folder / "checkpoints" / "step-00000002")
-        assert not any(saved.problems())
-        values.append({name: saved.whole(name, "exp_avg") for name in saved.shards})
-    assert all(torch.equal(value, values[1][name]) for name, value in values[0].items())
 
 
 # Faults as text, states as a table

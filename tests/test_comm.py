@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import Tensor
 
-from parallel import comm
+from parallel import comm, transport
 from parallel.ledger import Entry, Ledger
 from parallel.mesh import Axis, Layout, Mesh
 
@@ -343,15 +343,15 @@ def test_ledger_totals() -> None:
 
 def gather_and_scatter_by_old_names() -> list[float]:
     axis, names = Mesh.build(Layout(tp=dist.get_world_size())).tp, ("_gather_into", "_reduce_scatter_into")
-    kept = [getattr(comm, name) for name in names]
-    comm._gather_into, comm._reduce_scatter_into = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    kept = [getattr(transport, name) for name in names]
+    transport._gather_into, transport._reduce_scatter_into = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             whole = comm.all_gather(torch.full((3,), float(axis.rank)), axis)
             return [*whole.tolist(), *comm.reduce_scatter(whole, axis).tolist()]
     finally:
-        comm._gather_into, comm._reduce_scatter_into = kept
+        transport._gather_into, transport._reduce_scatter_into = kept
 
 
 def test_the_names_that_torch_2_11_has_do_the_same(ranks: Ranks) -> None:

@@ -23,6 +23,7 @@ from parallel.errors import ConfigError, ModelFolderError, RankError, ShardError
 from parallel.hf import check_folder, load_model, read_config, save_model, write_folder
 from parallel.hf.folder import inspect
 from parallel.hf.load import FolderReader
+from parallel.hf.stream import write_file
 from parallel.hf.table import whole_shards
 from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
@@ -455,6 +456,26 @@ def test_ranks_save_together(ranks: Ranks, name: str, layout: dict[str, int], tm
         assert torch.equal(a, b), key
 
 
+def test_one_parameter_at_a_time_is_asked_for_and_written(tmp_path: Path) -> None:
+    """The next one comes when the last one is in the file; a file is what the library reads."""
+    shapes = {"a": (3, 5), "b": (4,), "c": (0, 2)}
+    values = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    sizes: list[int] = []
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for name, value in values.items():
+            sizes.append((tmp_path / "x").stat().st_size)
+            yield name, value
+
+    write_file(tmp_path / "x", shapes, torch.bfloat16, each())
+    assert sizes == [sizes[0], sizes[0] + 30, sizes[0] + 38]
+    read = load_file(tmp_path / "x")
+    assert read.keys() == values.keys() and all(torch.equal(read[name], value) for name, value in values.items())
+    for wrong in ([("b", values["b"])], [("a", values["a"].float())], [("a", values["a"])]):
+        with pytest.raises(ValueError, match="announced"):
+            write_file(tmp_path / "y", shapes, torch.bfloat16, wrong)
+
+
 def fail_to_save(folder: str) -> list[str]:
     """On a rank: the errors of saving to a folder that exists, then to a disk that fails under way."""
     mesh = Mesh.build(Layout(tp=2))
@@ -472,7 +493,7 @@ def fail_to_save(folder: str) -> list[str]:
 
     save(Path(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("parallel.hf.save.save_file", full)
+        patch.setattr("parallel.hf.save.write_file", full)
         save(Path(folder) / "new")
     return errors
 

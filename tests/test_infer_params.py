@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from infer.params import BOUNDS, SamplingParams
-from infer.request import SamplingParams as TheSame
 
 NAN, INF = float("nan"), float("inf")
 
@@ -22,7 +21,6 @@ def test_defaults_are_fine_and_greedy() -> None:
     assert list(params.problems()) == [] and list(params.problems(vocabulary=5, ends=(1,), text=False)) == []
     assert (params.max_tokens, params.temperature, params.ignore_eos) == (128, 0.0, False)
     assert params.samples == 1
-    assert TheSame is SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -147,5 +145,5 @@ def test_all_problems_come_at_once() -> None:
 def test_what_follows_from_the_fields() -> None:
     assert SamplingParams(stop_tokens=(9, 3)).stops((3, 1)) == (1, 3, 9)
     assert SamplingParams(stop_tokens=(9,), ignore_eos=True).stops((1,)) == (9,)
-    assert SamplingParams(bad_words=("a", (1, 2), [3])).sequences == ((1, 2), (3,))
+    assert SamplingParams(bad_words=("a", (1, 2), (3,))).sequences == ((1, 2), (3,))
     assert SamplingParams(temperature=1.0, best_of=2).samples == 2 == SamplingParams(temperature=1.0, n=2).samples

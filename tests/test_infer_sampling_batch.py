@@ -184,8 +184,10 @@ def test_extreme_logits() -> None:
     x_RV[4] = -torch.inf
     x_RV[4, 77] = -1e30
     x_RV[5] = torch.linspace(-1, 1, VOCABULARY) * 3e38
-    for given in ({"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1, "typical_p": 0.9}, {"temperature": 100.0}):
-        params = SamplingParams(**({"temperature": 0.002} | given), logprobs=0, logprobs_of="processed")
+    cold: dict[str, Any] = {"temperature": 0.002, "logprobs": 0, "logprobs_of": "processed"}
+    cases: list[dict[str, Any]] = [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1, "typical_p": 0.9}, {"temperature": 100}]
+    for given in cases:
+        params = SamplingParams(**(cold | given))
         sampler, seen = Sampler(VOCABULARY), [set() for _ in range(6)]
         for step in range(12):
             found = sampler(x_RV, [Row(i, params, [1], 1, step, request_seed(1, i)) for i in range(6)]).resolve()
@@ -236,22 +238,27 @@ def test_forks_and_what_was_forgotten() -> None:
     for request in range(10, 40):
         run(base, one, 3, request)
         base.forget(request)
+        if request % 2:  # a step that was under way when its request ended
+            run(base, one, 3, request)
+    run(base, one, 3, 1)
+    assert set(base._entries) == {1, 2}
     assert len(base._history.seen) == 8, "slots are used again"
 
 
-def test_history_grows_with_different_tokens_only() -> None:
-    history = History(50, torch.device("cpu"))
+@pytest.mark.parametrize("vocabulary", [50, 400])
+def test_history_grows_with_different_tokens_only(vocabulary: int) -> None:
+    history = History(vocabulary, torch.device("cpu"))
     slot = history.take_slot()
     tokens = [1, 2, 3]
     assert not history.catch_up(slot, tokens, 3, 0, 4)
     slots = torch.tensor([slot])
     generator = random.Random(2)
     for _ in range(300):
-        tokens.append(generator.randrange(50))
+        tokens.append(generator.randrange(vocabulary))
         history.append([slot], slots, torch.tensor([tokens[-1]]))
     seen, counts = history.counts(slots)
     want = {token: tokens[3:].count(token) for token in tokens}
     assert dict(zip(seen[0].tolist(), counts[0].tolist(), strict=True)) == want
     assert history.tails(slots)[0].tolist() == tokens[-4:]
-    assert seen.shape[1] <= 64
+    assert seen.shape[1] < max(65, 2 * vocabulary)
     assert not history.catch_up(slot, tokens, 3, 300, 9) and history.catch_up(slot, [*tokens, 5], 3, 301, 4)

@@ -1,4 +1,4 @@
-"""Text as it streams: whole characters, at the end that of decoding everything; cut at stop strings however it comes."""
+"""Text as it streams: whole characters, at the end that of decoding everything; cut at stop strings in any pieces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(kind: str) -> Tokenizer:
         made.add_tokens([AddedToken("é x"), AddedToken("中", special=False), "Ġa b"])
     elif kind == "fallback":  # as Llama 2
         spelled = {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-        words = ["▁Hello", "▁world", ",", "▁", "▁don", "'", "t", "▁a", "中", "▁stop", ".", "é", "b", "▁▁"]
+        words = ["▁Hello", "▁world", ",", "▁", "▁don", "'", "t", "▁a", "中", "▁stop", ".", "é", "b", "▁▁", ""]
         vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | spelled | {word: 259 + i for i, word in enumerate(words)}
         made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -56,6 +56,12 @@ def tokenizer(kind: str) -> Tokenizer:
     return made
 
 
+def named(kind: str, *tokens: str) -> list[int]:
+    found = [tokenizer(kind).token_to_id(token) for token in tokens]
+    assert None not in found
+    return [token for token in found if token is not None]
+
+
 def streamed(kind: str, ids: list[int], **given: Any) -> list[str]:
     stream = Detokenizer(tokenizer(kind)).stream(**given)
     return [*(stream.push(token) for token in ids), stream.flush()]
@@ -65,6 +71,8 @@ def sequences(kind: str, seed: int) -> list[list[int]]:
     made, draw = tokenizer(kind), random.Random(seed)
     size = made.get_vocab_size() + 3  # three ids that do not exist
     found = [made.encode(text, add_special_tokens=False).ids for text in (*TEXT, "".join(TEXT), " a", "中文字")]
+    known = made.encode(TEXT[0], add_special_tokens=False).ids
+    found.append([*known[:3], *[size - 1] * 40, *known[3:9]])
     for _ in range(150):
         if kind == "fallback":  # any characters, spelled by bytes or not, among words
             chars = draw.choices("中é😀b👩ﬁ ", k=draw.randrange(1, 8))
@@ -99,7 +107,7 @@ def test_no_character_is_torn(kind: str) -> None:
 def test_bytes_that_form_no_character_hold_nothing_up(kind: str) -> None:
     made, draw = tokenizer(kind), random.Random(3)
     if kind == "bytes":
-        spelled = [made.token_to_id(char) for char in sorted(pre_tokenizers.ByteLevel.alphabet())]
+        spelled = named(kind, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     else:
         spelled = list(range(3, 259))
     for _ in range(60):
@@ -112,8 +120,7 @@ def test_bytes_that_form_no_character_hold_nothing_up(kind: str) -> None:
 
 
 def test_the_space_before_the_first_word_follows_the_prompt() -> None:
-    made = tokenizer("fallback")
-    hello, world, special = (made.token_to_id(token) for token in ("▁Hello", "▁world", "<|special|>"))
+    hello, world, special = named("fallback", "▁Hello", "▁world", "<|special|>")
     assert "".join(streamed("fallback", [world])) == "world"
     assert "".join(streamed("fallback", [world], context=[special] * 20 + [hello])) == " world"
     assert "".join(streamed("fallback", [hello, world], context=[special] * 20)) == "Hello world"
@@ -197,8 +204,7 @@ def test_requests_end_at_stop_strings_across_tokens(kind: str, include: bool) ->
 
 def test_reasons_to_end() -> None:
     made = tokenizer("bytes")
-    end, a, b = (made.token_to_id(token) for token in ("<|end|>", "a", "b"))
-    half = made.token_to_id("ä")  # the first byte of a character of three
+    end, a, b, half = named("bytes", "<|end|>", "a", "b", "ä")  # half: the first byte of a character of three
 
     def run(*ids: int, text: bool = True, **given: Any) -> tuple[Any, ...]:
         stream = TextStream(SamplingParams(**given), Detokenizer(made) if text else None, ends=(end,))

@@ -176,7 +176,7 @@ def check_steps(cases: list[dict[str, Any]], **layout: Any) -> None:
         loss, gradients = reference(config, count, frozen, smoothing, z_loss)
         stages = stages_on(mesh, config, pipeline, count, frozen, recompute=recompute)
         last: list[bool] = []
-        expect = lambda flag, of: last.append(flag)  # noqa: E731
+        expect = lambda flag, of, whole: last.append(flag)  # noqa: E731
         total = stages.train(parts(count), expect, scale=SCALE, label_smoothing=smoothing, z_loss=z_loss)
         assert float(comm.sum_(total, mesh.pp)) == pytest.approx(loss, rel=1e-12), what
         check_gradients(stages, gradients, what)
@@ -542,7 +542,7 @@ def check_put_off(schedules: list[str]) -> None:
             seen[action.op] = seen.get(action.op, 0) + 1
 
         with watched(after):
-            stages.train(parts(8), lambda last, of: None, scale=SCALE)
+            stages.train(parts(8), lambda last, of, whole: None, scale=SCALE)
         assert seen["I"] == seen["W"] > 0
         assert not forms
 

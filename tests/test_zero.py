@@ -152,7 +152,7 @@ def held(stage: int) -> tuple[int, int, int]:
     trainer = trainer_on(mesh, ZeroConfig(stage=stage), dtype=torch.bfloat16)
     trainer.step(batches(0, mesh.data.rank, 4))
     optimizer = trainer.optimizer
-    tensors = [t for b in optimizer.buckets.buckets for t in (b.values, b.run, b.master, b.gradient)]
+    tensors = [t for b in optimizer.buckets.buckets for t in (b.values, b.run, b.master, b.gradient, b.reduced)]
     tensors += [v for state in optimizer.inner.state.values() for v in state.values() if v.ndim]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     storages.pop(0, None)

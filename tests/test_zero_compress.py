@@ -14,7 +14,7 @@ from parallel.errors import ConfigError
 from parallel.mesh import Layout, Mesh
 from tests.test_trainer import batches
 from tests.test_zero import trainer_on
-from zero.compress import BLOCK, TopK, pack, packed_bytes, reduce_scatter, unpack
+from zero.compress import BLOCK, TopK, pack, packed_bytes, start_reduce_scatter, unpack
 from zero.optimizer import OptimizerConfig, ZeroConfig
 
 LARGEST = {8: 127, 4: 7}
@@ -58,7 +58,7 @@ def reduced(bits: int) -> tuple[float, bool, int]:
     all_ = [torch.randn(4 * each, generator=torch.Generator().manual_seed(r)) * 10**r for r in range(4)]
     own = slice(mesh.data.rank * each, (mesh.data.rank + 1) * each)
     mesh.ledger.reset()
-    result = reduce_scatter(all_[mesh.data.rank], mesh.data, bits)
+    result = start_reduce_scatter(all_[mesh.data.rank], mesh.data, bits).wait()
     sent = mesh.ledger.payload("all_to_all", "data")
     parts = [x[own].double() for x in all_]
     allowed = sum((bound(part, bits) for r, part in enumerate(parts) if r != mesh.data.rank), torch.zeros(each))

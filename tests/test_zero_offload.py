@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import zero.offload
 from parallel.mesh import Layout, Mesh
 from tests.test_trainer import batches
 from tests.test_zero import OPTIMIZER, trainer_on
 from zero.memory import NotEnoughMemory
-from zero.offload import overlapped
+from zero.offload import Landing, Lane, overlapped
 from zero.optimizer import OptimizerConfig, ZeroConfig, ZeroOptimizer
 
 
@@ -62,6 +63,81 @@ def same(stage: int, offload: str, kind: str) -> list[bool]:
 def test_offloaded_training_has_the_same_bits(ranks: Any, stage: int, offload: str, kind: str) -> None:
     for found in ranks.run(same, world=2, stage=stage, offload=offload, kind=kind):
         assert all(found), found
+
+
+def places(stage: int, offload: str, microbatches: int) -> dict[str, int]:
+    """On the ranks: bytes on the device and in CPU memory between two steps, and all parameters.
+
+    Here both are one memory; what was made to be in CPU memory is told by where it was made.
+    """
+    mesh, hosts = Mesh.build(Layout(dp=4)), list[Tensor]()
+
+    def room(values: Tensor) -> Tensor:
+        hosts.append(torch.empty(values.shape, dtype=values.dtype))
+        return hosts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero.offload, "_room", room)
+        trainer = trainer_on(mesh, ZeroConfig(stage=stage, offload=offload), dtype=torch.bfloat16)
+        for step in range(2):
+            trainer.step(batches(step, mesh.data.rank, 4, microbatches))
+        optimizer = trainer.optimizer
+        assert isinstance(optimizer, ZeroOptimizer)
+        for bucket in optimizer.buckets.buckets:
+            assert bucket.pending is None
+            assert bucket.incoming is None
+        buckets = optimizer.buckets.buckets
+        tensors = [t for b in buckets for t in (b.values, b.run, b.master, b.gradient, b.reduced)]
+        tensors += [v for state in optimizer.inner.state.values() for v in state.values() if v.ndim]
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*tensors, *hosts]}
+        found.pop(0, None)
+        state = {v.untyped_storage().data_ptr() for s in optimizer.inner.state.values() for v in s.values() if v.ndim}
+        there = {t.untyped_storage().data_ptr() for t in hosts} | state
+        return {
+            "device": sum(size for at, size in found.items() if at not in there),
+            "host": sum(size for at, size in found.items() if at in there),
+            "parameters": sum(b.length for b in buckets),
+            "bucket": max(4 * b.length for b in buckets),
+        }
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(
+    "stage,offload,device,host",
+    [
+        (0, "optimizer", 2 + 4, 4 + 8 + 2 + 4),
+        (1, "optimizer", 2 + 4, (4 + 8 + 2 + 4) / 4),
+        (2, "optimizer", 2, (4 + 8 + 2 + 4) / 4),
+        (3, "optimizer", 2 / 4, (4 + 8 + 2 + 4) / 4),
+        (3, "parameters", 0, (4 + 8 + 2 + 4) / 4),
+    ],
+)
+def test_offloaded_memory_is_as_documented(
+    ranks: Any, stage: int, offload: str, device: float, host: float, microbatches: int
+) -> None:
+    """The table of docs/zero.md, in bytes a parameter, for bf16 and AdamW on four ranks.
+
+    On the host a master of 4, a state of 8, a weight of 2 and a gradient of 4, with several passes a second of 4.
+    """
+    host += 4 / 4 if stage > 1 and microbatches > 1 else 0
+    for found in ranks.run(places, world=4, stage=stage, offload=offload, microbatches=microbatches):
+        for place, each in (("device", device), ("host", host)):
+            expected = each * found["parameters"]
+            assert abs(found[place] - expected) <= 0.03 * expected + (found["bucket"] if stage < 3 else 0), place
+
+
+def test_a_landing_sums_what_comes() -> None:
+    lane = Lane(torch.device("cpu"))
+    landing = Landing(torch.full((3,), 9.0), lane)
+    assert landing.done().tolist() == [0.0] * 3
+    for summands in ([1.0], [1.0, 2.0], [1.0, 2.0, 4.0]):
+        landing.begin()
+        for value in summands:
+            summand = torch.full((3,), value)
+            landing.add(summand)
+            summand.fill_(99.0)
+        assert landing.done().tolist() == [sum(summands)] * 3
+        assert landing.done() is landing.total
 
 
 def test_arrival_update_and_departure_overlap() -> None:

@@ -13,7 +13,7 @@ from parallel import comm
 from parallel.mesh import Axis
 from zero import compress
 from zero.compress import Arrival, TopK
-from zero.offload import hosted
+from zero.offload import Landing, hosted
 from zero.plan import Group, Slot, decays, wide
 from zero.sharing import Sharing
 
@@ -53,7 +53,10 @@ class Bucket:
         values: the parameters, in the precision of the model; parameters are views of it.
         run: ``own`` of them.
         master: ``own`` in the precision of the optimizer.
-        gradient: in the precision of the optimizer; all of it below stage 2, ``own`` from there on.
+        gradient: in the precision of the optimizer; all of it below stage 2, ``own`` from there on, and then in CPU
+            memory if the optimizer's state is.
+        reduced: this rank's run of the sum over the ranks, once all sums are settled.
+        sums: that were begun in this step.
         second: the run of a secondary partition, from the first gathering after an update to the next update.
     """
 
@@ -79,12 +82,16 @@ class Bucket:
         kind = wide(first.dtype)
         self._make_runs(self.values[self.own], kind)
         self.gradient = torch.zeros(each if self.stage > 1 else self.length, dtype=kind, device=self.device)
-        self.reduced = self.gradient
+        self.landing: Landing | None = None
+        if self.stage > 1 and sharing.offload != "none":
+            self.gradient = hosted(self.gradient)
+            self.landing = Landing(self.gradient, sharing.lane)
+        self.reduced = self.gradient if self.stage > 1 else self.gradient[self.own]
         self.top = TopK(self.gradient, sharing.top_k) if sharing.top_k and not self.exact else None
         self.incoming: Tensor | None = None
         self.second: Tensor | None = None
         self.fresh = set(range(len(self.slots)))
-        self.ready: set[int] = set()
+        self.sums = 0
         self.pending: Arrival | None = None
         self.highest: list[Tensor] = []
         self._void = torch.full((1,), float("nan"), dtype=first.dtype, device=self.device)
@@ -152,22 +159,29 @@ class Bucket:
             self._point([self._void.expand(slot.parameter.shape) for slot in self.slots])
             self.values.untyped_storage().resize_(0)
 
+    def there(self, seconds: float) -> bool:
+        """Whether the parameters that are being gathered have come within so many seconds; on CUDA at once."""
+        return self._gathering is None or self._gathering.there(seconds)
+
     def begin(self) -> None:
-        """Forget the gradients of the last step."""
-        self.ready.clear()
+        """Forget the gradients of the last step, and a sum under way."""
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
         self.highest.clear()
         self.fresh = set(range(len(self.slots)))
-        if self.stage > 1:
+        self.incoming, self.sums = None, 0
+        if self.landing is not None:
+            self.landing.begin()
+        elif self.stage > 1:
             self.gradient.zero_()
-            self.incoming = None
 
     def arrive(self, position: int, gradient: Tensor) -> None:
         """Add a parameter's gradient of one backward pass."""
         target = self.gradient
-        if self.stage > 1:
+        if self.stage > 1 or self.sums:
             if self.incoming is None:
-                self.incoming = torch.empty(self.length, dtype=self.gradient.dtype, device=self.gradient.device)
-                self.fresh = set(range(len(self.slots)))
+                self.incoming = self._room()
             target = self.incoming
         slot = self.slots[position]
         view = target[slot.start : slot.stop].view(slot.parameter.shape)
@@ -177,39 +191,44 @@ class Bucket:
         else:
             view.add_(gradient)
 
-    def reduce(self, everywhere: Axis) -> None:
-        """Begin to sum what has arrived; below stage 1 over ``everywhere``, above over the ranks of the axis."""
+    def _room(self) -> Tensor:
+        return torch.empty(self.length, dtype=self.gradient.dtype, device=self.device)
+
+    def reduce(self, axis: Axis) -> None:
+        """Begin to sum over the axis what has arrived; every rank of it does so."""
         self.settle()
-        source = self.gradient if self.stage < 2 else self.incoming
-        if source is None:
-            return
+        self.sums += 1
+        first = self.stage < 2 and self.sums == 1
+        source = self.gradient if first else self._room() if self.incoming is None else self.incoming
         for position in self.fresh:
             source[self.slots[position].start : self.slots[position].stop] = 0
         for gap in self._gaps:
             source[gap] = 0
         parts = [source[slot.start : slot.stop] for slot in self.slots]
         self.highest += torch._foreach_norm(parts, float("inf"))
-        axis = everywhere if self.stage == 0 else self.axis
-        if self.top is not None and axis.size > 1:
+        if first and self.top is not None and axis.size > 1:
             self.pending = self.top.start(source, axis, self.own)
         elif self.stage == 0:
             self.pending = comm.start_all_reduce(source, axis)
         elif self.sharing.gradient_bits and not self.exact and axis.size > 1:
-            self.pending = comm.Pending(compress.reduce_scatter(source, axis, self.sharing.gradient_bits))
+            self.pending = compress.start_reduce_scatter(source, axis, self.sharing.gradient_bits)
         else:
             self.pending = comm.start_reduce_scatter(source, axis)
-        self.incoming = None
+        self.incoming, self.fresh = None, set(range(len(self.slots)))
 
     def settle(self) -> None:
-        """Wait for the sum under way; afterwards ``reduced`` is this rank's run of it."""
+        """Wait for the sum under way, and add it to those before it in this step."""
         if self.pending is None:
             return
-        result = self.pending.wait()
-        self.pending = None
-        if self.stage > 1:
-            self.gradient.add_(result)
-        else:
+        result, self.pending = self.pending.wait(), None
+        if self.landing is not None:
+            self.landing.add(result)
+        elif self.stage > 1 or self.sums > 1:
+            self.reduced.add_(result)
+        elif self.top is not None:
             self.reduced = result
+        elif result.data_ptr() != self.reduced.data_ptr():
+            self.reduced.copy_(result)
 
     def land(self) -> None:
         """Round the updated master weights to the precision of the model, where they are."""
@@ -231,6 +250,7 @@ class Bucket:
         """The step was made."""
         if self.top is not None:
             self.top.keep(self.gradient)
+            self.reduced = self.gradient[self.own]
 
     def runs(self) -> Iterator[tuple[int, int, bool, Slot | None]]:
         """What this rank updates: runs of ``master``, whether weight decay applies, and the parameter if it is one."""

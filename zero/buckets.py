@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,17 @@ from parallel import comm
 from parallel.holders import holders
 from parallel.mesh import Axis, Mesh
 from parallel.shard import Shard, param_shards
+from zero import compress
 from zero.bucket import Bucket
+from zero.fragment import Fragment
 from zero.plan import Slot, plan, runs_once
+from zero.residue import residue
 from zero.sharing import Sharing
+from zero.turns import Turns
 
 __all__ = ["Buckets"]
+
+_VISITORS = 4
 
 
 class Buckets:
@@ -35,6 +42,7 @@ class Buckets:
         shards: the shard table of all.
         holders: parameter -> pipeline ranks that hold it, for those of all stages.
         where: parameter -> its bucket, and its place in it.
+        arriving: called with every gradient before it is added to others.
     """
 
     def __init__(
@@ -51,60 +59,63 @@ class Buckets:
             units,
             bucket_bytes,
             sharing.shard.size,
-            exact=self._alike() if sharing.compressed else frozenset(),
+            exact=self._exact() if sharing.compressed else frozenset(),
             whole=sharing.whole_matrices,
         )
         self.buckets = [Bucket(group, sharing) for group in groups]
         self.where = {slot.parameter: (b, p) for b in self.buckets for p, slot in enumerate(b.slots)}
-        self._launched, self._finished = 0, False
-        self._last: Set[nn.Parameter] = frozenset()
+        self.turns = Turns(self.buckets, self.where, sharing)
+        self._all = frozenset(self.where)
+        self._finished = False
+        self.arriving: Callable[[Tensor], None] | None = None
+        arrived = weakref.WeakMethod(self._arrived)  # the garbage collector does not see hooks: a cycle would stay
         for parameter in self.where:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(lambda p: method(p) if (method := arrived()) else None)
         for shared in sorted({ranks for ranks in self.holders.values() if len(ranks) > 1 and mesh.pp.rank in ranks}):
             mesh.among("pp", shared)
         self._sums = self._extra_sums()
         self._counted = self._counted_runs()
 
-    def _alike(self) -> Set[str]:
-        """Parameters that several tensor-parallel ranks hold: rounded among other neighbours they would part."""
-        return {n for n, shard in self.shards.items() if self.mesh.tp.size > 1 and "tp" not in shard.split}
+    def _exact(self) -> Set[str]:
+        """Parameters that are never compressed.
+
+        What several tensor-parallel ranks hold would part, rounded among other neighbours; and where several ranks form
+        parts of one gradient there is no one residue of it.
+        """
+        whole = {n for n, shard in self.shards.items() if self.mesh.tp.size > 1 and "tp" not in shard.split}
+        if not self.sharing.top_k:
+            return whole
+        parts = {n for n, shard in self.shards.items() if shard.repeated(self.mesh.tp.size)}
+        return whole | parts | {n for n, ranks in self.holders.items() if len(ranks) > 1}
 
     def begin(self) -> None:
         """Forget the gradients of the last step."""
-        self._launched, self._finished = 0, False
+        self._finished = False
+        self.turns.begin()
         for bucket in self.buckets:
             bucket.begin()
 
-    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
-        """Say whether the next backward pass gives the step's last gradients: then buckets are reduced as they fill.
+    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None, whole: bool = True) -> None:
+        """Say whether the next backward pass gives the step's last gradients: buckets are reduced as they fill then.
+
+        From stage 2 on they are in every pass that is announced so.
 
         Args:
             of: the parameters of which that is said; default: all.
+            whole: whether none of their gradients is put off to a later pass.
         """
-        self._last = frozenset() if not last else self.where.keys() if of is None else of
+        self.turns.expect(last, self._all if of is None else of, whole)
 
     def _arrived(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         if parameter.grad is None:  # put off: autograd calls the hook of a weight whose gradient was left out
             return
+        if self.arriving is not None:
+            self.arriving(parameter.grad)
         bucket, position = self.where[parameter]
         bucket.arrive(position, parameter.grad)
         parameter.grad = None
-        if self.sharing.stage > 1:
-            if not bucket.fresh:
-                bucket.reduce(self.mesh.data)
-        elif parameter in self._last:
-            bucket.ready.add(position)
-            self._launch(complete_only=True)
-
-    def _launch(self, complete_only: bool) -> None:
-        """Reduce once a step: in one fixed order on every rank, whatever order gradients arrive in."""
-        while self._launched < len(self.buckets):
-            bucket = self.buckets[self._launched]
-            if complete_only and len(bucket.ready) < len(bucket.slots):
-                return
-            bucket.reduce(self.mesh.data)
-            self._launched += 1
+        self.turns.arrived(bucket, position)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -112,24 +123,45 @@ class Buckets:
         if self._finished:
             return
         self._finished = True
-        self._launch(complete_only=False)
+        self.turns.finish()
         for bucket in self.buckets:
             bucket.settle()
-        if self.sharing.stage:
-            for pending in [comm.start_all_reduce(self.own(bucket), self.sharing.replica) for bucket in self.buckets]:
-                pending.wait()
+        for bucket in self.buckets:
+            if bucket.landing is not None:
+                bucket.landing.done()
+        self._sum_copies()
         for axis, parts in self._sums:
             views = [self.own(bucket)[run] for bucket, run in parts]
-            message = torch.cat(views)
+            message = torch.cat(views).to(self.mesh.device)
             for view, summed in zip(views, comm.sum_(message, axis).split([len(v) for v in views]), strict=True):
                 view.copy_(summed)
         for bucket in self.buckets:
             if bucket.shared:
-                comm.sum_(self.own(bucket), self.mesh.among("pp", bucket.shared))
+                own = self.own(bucket)
+                own.copy_(comm.sum_(own.to(bucket.device), self.mesh.among("pp", bucket.shared)))
+
+    def _sum_copies(self) -> None:
+        """Sum over the ranks that hold the same runs; those in CPU memory visit the device, a few at a time."""
+        axis, bits = self.sharing.replica, self.sharing.gradient_bits
+        if axis.size == 1 or not self.sharing.stage:
+            return
+        few = len(self.buckets) if self.sharing.offload == "none" else _VISITORS
+        for first in range(0, len(self.buckets), few):
+            some = self.buckets[first : first + few]
+            there = {bucket: self.own(bucket).to(bucket.device) for bucket in some}
+            exact = [run for bucket, run in there.items() if bucket.exact or not bits]
+            pending = [comm.start_all_reduce(run, axis) for run in exact]
+            if bits:
+                compress.all_reduce([run for bucket, run in there.items() if not bucket.exact], axis, bits)
+            for arrival in pending:
+                arrival.wait()
+            for bucket, run in there.items():
+                if run is not self.own(bucket):
+                    self.own(bucket).copy_(run)
 
     def own(self, bucket: Bucket) -> Tensor:
         """This rank's run of the reduced gradient."""
-        return bucket.gradient if bucket.stage > 1 else bucket.reduced
+        return bucket.reduced
 
     def _slots(self) -> Iterator[tuple[Bucket, Slot, Shard]]:
         for bucket in self.buckets:
@@ -181,13 +213,21 @@ class Buckets:
             counted.append((bucket, _joined(runs)))
         return counted
 
+    def residues(self) -> Iterator[Fragment]:
+        """What top-k keeps back on this rank, as views."""
+        data = self.mesh.data
+        for bucket, slot, _ in self._slots():
+            if bucket.top is not None:
+                kept = bucket.top.kept[slot.start : slot.stop]
+                yield Fragment(slot.name, residue(data.rank, data.size), 0, kept)
+
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The 2-norm of all gradients of all ranks, every value counted once; a scalar."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for bucket, runs in self._counted:
             for run in runs:
-                total += torch.linalg.vector_norm(self.own(bucket)[run]).double().square()
+                total += torch.linalg.vector_norm(self.own(bucket)[run]).double().square().to(total.device)
         for axis in (self.sharing.shard, self.mesh.tp, self.mesh.pp):
             comm.sum_(total, axis)
         return total.sqrt()

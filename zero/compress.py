@@ -7,6 +7,7 @@ a value that is not finite arrives as nothing finite, so that a step is skipped 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,17 @@ from torch import Tensor
 from parallel import comm
 from parallel.mesh import Axis
 
-__all__ = ["BLOCK", "Arrival", "TopK", "pack", "packed_bytes", "reduce_scatter", "start_all_gather", "unpack"]
+__all__ = [
+    "BLOCK",
+    "Arrival",
+    "TopK",
+    "all_reduce",
+    "pack",
+    "packed_bytes",
+    "start_all_gather",
+    "start_reduce_scatter",
+    "unpack",
+]
 
 BLOCK = 256
 _LARGEST = {8: 127, 4: 7}
@@ -24,6 +35,10 @@ _LARGEST = {8: 127, 4: 7}
 
 class Arrival(Protocol):
     """A message under way."""
+
+    def there(self, seconds: float) -> bool:
+        """Whether it has arrived within so many seconds; on CUDA at once."""
+        ...
 
     def wait(self) -> Tensor:
         """What arrived."""
@@ -83,32 +98,68 @@ class _Gathering:
     pending: comm.Pending
     out: Tensor
     ranks: int
+    bits: int
+
+    def there(self, seconds: float) -> bool:
+        return self.pending.there(seconds)
 
     def wait(self) -> Tensor:
         rows = self.pending.wait().view(self.ranks, -1)
-        self.out.view(self.ranks, -1).copy_(unpack(rows, self.out.numel() // self.ranks, 8, self.out.dtype))
+        self.out.view(self.ranks, -1).copy_(unpack(rows, self.out.numel() // self.ranks, self.bits, self.out.dtype))
         return self.out
 
 
-def start_all_gather(x: Tensor, axis: Axis, out: Tensor) -> Arrival:
-    """Gather the runs of a flat vector as int8; every rank has the same values, our own run's rounded as well.
+def start_all_gather(x: Tensor, axis: Axis, out: Tensor, bits: int = 8) -> Arrival:
+    """Gather the runs of a flat vector as integers; every rank has the same values, our own run's rounded as well.
 
     Arrived: x + e with |e| <= s / 2, and what rounding to the type of ``out`` adds.
     """
-    return _Gathering(comm.start_all_gather(pack(x[None], 8)[0], axis), out, axis.size)
+    return _Gathering(comm.start_all_gather(pack(x[None], bits)[0], axis), out, axis.size, bits)
+
+
+@dataclass(slots=True)
+class _Scattering:
+    pending: comm.Pending
+    own: Tensor
+    axis: Axis
+    bits: int
+
+    def there(self, seconds: float) -> bool:
+        return self.pending.there(seconds)
+
+    def wait(self) -> Tensor:
+        with torch.no_grad():
+            parts = unpack(self.pending.wait(), self.own.numel(), self.bits, self.own.dtype)
+            parts[self.axis.rank] = self.own
+            return parts.sum(0)
 
 
 @torch.no_grad()
-def reduce_scatter(x: Tensor, axis: Axis, bits: int) -> Tensor:
-    """Our run of the sum over the axis of a flat vector: quantized once, sent to its owner, summed there in full.
+def start_reduce_scatter(x: Tensor, axis: Axis, bits: int) -> Arrival:
+    """Begin to sum a flat vector over the axis, of which our run is wanted: quantized once, summed there in full.
 
-    The error of a value is at most the sum over the other ranks of half the scale of its block there.
+    The error of a value is at most the sum over the other ranks of half the scale of its block there. Of ``x`` nothing
+    is needed any more when this returns.
     """
-    rows = x.view(axis.size, -1)
-    received = comm.all_to_all(pack(rows, bits), axis, [1] * axis.size, [1] * axis.size)
-    parts = unpack(received, rows.shape[1], bits, x.dtype)
-    parts[axis.rank] = rows[axis.rank]
-    return parts.sum(0)
+    rows, each = x.view(axis.size, -1), [1] * axis.size
+    pending = comm.start_all_to_all(pack(rows, bits), axis, each, each)
+    return _Scattering(pending, rows[axis.rank].clone(), axis, bits)
+
+
+@torch.no_grad()
+def all_reduce(values: Sequence[Tensor], axis: Axis, bits: int) -> None:
+    """Sum flat vectors over the axis, in place, to the same values on every rank: quantized on the way out and back.
+
+    The error of a value is at most the sum over the other ranks of half the scale of its block there, and half the
+    scale of its block of the sum. All are on their way at a time.
+    """
+    padded = [torch.cat([x, x.new_zeros(-len(x) % axis.size)]) if len(x) % axis.size else x for x in values]
+    out = [start_reduce_scatter(x, axis, bits) for x in padded]
+    back = [start_all_gather(run.wait(), axis, x, bits) for run, x in zip(out, padded, strict=True)]
+    for target, arrival in zip(values, back, strict=True):
+        arrived = arrival.wait()
+        if arrived is not target:
+            target.copy_(arrived[: len(target)])
 
 
 @dataclass(slots=True)
@@ -119,6 +170,9 @@ class _Largest:
     index: torch.dtype
     own: slice
     kind: torch.dtype
+
+    def there(self, seconds: float) -> bool:
+        return self.pending.there(seconds)
 
     def wait(self) -> Tensor:
         message = self.pending.wait().view(self.ranks, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -322,8 +323,8 @@ class PackedTokens:
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], vocabulary: int) -> None:
         self.path = folder / f"{split}.tokens"
         self.vocabulary = vocabulary
-        self._tokens = _map(self.path, dtype)
-        self._documents = _map(folder / f"{split}.documents", np.dtype("<i8"))
+        self._files = _Mapped(self.path, dtype), _Mapped(folder / f"{split}.documents", np.dtype("<i8"))
+        self._tokens, self._documents = (file.values for file in self._files)
         if not len(self._documents) or self._documents[0] != 0 or self._documents[-1] != len(self._tokens):
             raise DataError(f"{folder / split}.documents: damaged: does not span the {len(self)} tokens of {self.path}")
 
@@ -342,10 +343,12 @@ class PackedTokens:
             document); where documents begin in the window, 0 not counted.
 
         Raises:
-            DataError: a token id outside the vocabulary, or document boundaries out of order.
+            DataError: a token id outside the vocabulary, document boundaries out of order, a file that was cut short.
         """
         if not 0 <= index < self.windows(length):
             raise IndexError(f"window {index} of {self.windows(length)}")
+        for file in self._files:
+            file.check()
         start = index * length
         tokens = torch.from_numpy(self._tokens[start : start + length + 1].astype(np.int64))
         if int(tokens.max()) >= self.vocabulary:
@@ -360,9 +363,35 @@ class PackedTokens:
         labels[torch.from_numpy(begins - 1)] = IGNORE
         return tokens[:-1], labels, [begin for begin in begins.tolist() if begin < length]
 
+    def documents(self, index: int, length: int) -> tuple[int, int]:
+        """The numbers of the first and the last document of which a window holds tokens."""
+        start = index * length
+        first, last = np.searchsorted(self._documents, (start, start + length - 1), side="right")
+        return int(first) - 1, int(last) - 1
 
-def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
-    try:
-        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+
+class _Mapped:
+    """A file of numbers as an array in memory that the system reads as it is used.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path, self.values, self._map = path, np.empty(0, dtype), None
+        try:
+            if path.stat().st_size:
+                with path.open("rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.values = np.frombuffer(self._map, dtype)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+
+    def check(self) -> None:
+        """To be called before reading: where a file has become shorter, the system ends who reads beyond its end.
+
+        Raises:
+            DataError: it has.
+        """
+        if self._map is not None and (left := self._map.size()) < self.values.nbytes:
+            raise DataError(f"{self.path}: cut short while it is in use: {left} of {self.values.nbytes} bytes are left")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, nearest
-from zero.deepspeed_keys import HARMLESS, KEYS, SWITCHED, Only, Takes, number, whole
+from zero.deepspeed_keys import HARMLESS, KEYS, SPEED, SWITCHED, Only, Takes, number, whole
 
 __all__ = ["DeepSpeedReading", "read_deepspeed", "translate"]
 
@@ -55,7 +55,7 @@ class DeepSpeedReading:
     def lines(self) -> Iterator[str]:
         """What became of each key."""
         for key, (name, value) in self.honoured.items():
-            yield f"{key}: {name} = {json.dumps(value)}" if name else f"{key}: as here"
+            yield f"{key}: {name} = {json.dumps(value)}" if name else f"{key}: as it says"
         for key, why in self.ignored.items():
             yield f"{key}: ignored, {why}"
 
@@ -109,13 +109,14 @@ def read_deepspeed(path: Path) -> dict[str, Any]:
     return document
 
 
-def translate(document: Mapping[str, Any], *, ranks: int, steps: int) -> DeepSpeedReading:
+def translate(document: Mapping[str, Any], *, ranks: int, steps: int, engine: bool = False) -> DeepSpeedReading:
     """A configuration of DeepSpeed in our terms; nothing is raised, see ``problems`` of the result.
 
     Args:
         document: as in the JSON file.
         ranks: of the data axis, which train_batch_size is over.
         steps: of the run.
+        engine: DeepSpeed's own engine is to train, which has nvme, and is given what our options do not decide.
     """
     reading = DeepSpeedReading()
     leaves = dict(_leaves(document, ""))
@@ -123,11 +124,14 @@ def translate(document: Mapping[str, Any], *, ranks: int, steps: int) -> DeepSpe
         del leaves[section]
     _precision(leaves, reading)
     _batch(leaves, ranks, reading)
-    _offload(leaves, reading)
+    _offload(leaves, reading, engine)
     _optimizer(leaves, reading)
     _scheduler(leaves, steps, reading)
     for key, value in leaves.items():
         _single(key, value, document, reading)
+    for key in [key for key, why in reading.ignored.items() if engine and why == SPEED.why]:
+        del reading.ignored[key]
+        reading.honoured[key] = ("", leaves.get(key))
     return reading
 
 
@@ -235,16 +239,22 @@ def _batch(leaves: dict[str, Any], ranks: int, reading: DeepSpeedReading) -> Non
         reading.honoured.setdefault(key, ("batch.sequences", total))
 
 
-def _offload(leaves: dict[str, Any], reading: DeepSpeedReading) -> None:
-    """What is kept in CPU memory; parameters bring the state of the optimizer with them."""
+def _offload(leaves: dict[str, Any], reading: DeepSpeedReading, engine: bool) -> None:
+    """What is kept in CPU memory, or by DeepSpeed's engine on a disk; parameters bring the optimizer's state along."""
     for name, what in _OFFLOAD.items():
         key = f"zero_optimization.{name}"
         given = next((name for name in (f"{key}.device", key) if name in leaves), "")
         device = leaves.pop(given, None)
         if device == "cpu":
             reading.set(given, "zero.offload", what)
+        elif device == "nvme" and engine:
+            reading.honoured[given] = ("", device)
+            if not leaves.get(f"{key}.nvme_path"):
+                reading.problems.append(f'{key}.device = "nvme" needs nvme_path beside it, a folder on the disk')
         elif device not in ("none", None):
-            reading.refuse(given, device, "the nearest is cpu; DeepSpeed's own engine has nvme")
+            reading.refuse(
+                given, device, "the nearest is cpu; DeepSpeed's own engine has nvme: --zero.backend deepspeed"
+            )
         elif given:
             reading.honoured[given] = ("", device)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HARMLESS", "KEYS", "SWITCHED", "Only", "Rule", "Takes", "number", "whole"]
+__all__ = ["HARMLESS", "KEYS", "SPEED", "SWITCHED", "Only", "Rule", "Takes", "number", "whole"]
 
 
 def number(value: Any) -> float:
@@ -68,7 +68,8 @@ class _Harmless:
 
 Rule = Takes | Only | _Harmless
 
-_SPEED = _Harmless("it changes speed or memory, no result")
+SPEED = _Harmless("it changes speed or memory, no result")
+"""Left to DeepSpeed's engine where that trains."""
 _SHOWN = _Harmless("it changes what is shown or written, no result")
 _SAVED = _Harmless("checkpoints here have a form of their own")
 _OFF = (False, None)
@@ -116,7 +117,7 @@ _ZERO: dict[str, Rule] = (
             "log_trace_cache_warnings",
             "enable_sanity_checks",
         ),
-        _SPEED,
+        SPEED,
     )
     | dict.fromkeys(
         (
@@ -136,7 +137,7 @@ KEYS: dict[str, Rule] = {
     "bf16.check_grad_overflow": Only((True,), "a step whose gradients are not finite changes nothing"),
     "bf16.bf16_master_weights_and_grads": Only(_OFF, "master weights are fp32"),
     "bf16.bf16_optimizer_states": Only(_OFF, "the state of the optimizer is fp32"),
-    "bf16.immediate_grad_update": _SPEED,
+    "bf16.immediate_grad_update": SPEED,
     "communication_data_type": Only(("fp32", None), "gradients are summed in fp32"),
     "seq_parallel_communication_data_type": Only(("fp32", None), "gradients are summed in fp32"),
     "data_types.grad_accum_dtype": Only(("fp32", None), "gradients are summed in fp32"),
@@ -148,13 +149,13 @@ KEYS: dict[str, Rule] = {
     "prescale_gradients": _Harmless("it changes rounding only"),
     "gradient_predivide_factor": _Harmless("it changes rounding only"),
     "checkpoint": _SAVED,
-    "use_data_before_expert_parallelism": _SPEED,
-    "disable_allgather": _SPEED,
-    "disable_python_gc": _SPEED,
-    "sparse_gradients": _SPEED,
-    "graph_harvesting": _SPEED,
+    "use_data_before_expert_parallelism": SPEED,
+    "disable_allgather": SPEED,
+    "disable_python_gc": SPEED,
+    "sparse_gradients": SPEED,
+    "graph_harvesting": SPEED,
     "zero_allow_untested_optimizer": _Harmless("every elementwise optimizer is allowed"),
-    "zero_force_ds_cpu_optimizer": _SPEED,
+    "zero_force_ds_cpu_optimizer": SPEED,
     "steps_per_print": _SHOWN,
     "wall_clock_breakdown": _SHOWN,
     "memory_breakdown": _SHOWN,
@@ -166,10 +167,10 @@ KEYS: dict[str, Rule] = {
 
 HARMLESS: dict[str, _Harmless] = {
     "activation_checkpointing": _Harmless("the model, by option recompute, decides what is formed again"),
-    "aio": _SPEED,
+    "aio": SPEED,
     "checkpoint": _SAVED,
     "comms_logger": _SHOWN,
-    "compile": _SPEED,
+    "compile": SPEED,
     "csv_monitor": _SHOWN,
     "comet": _SHOWN,
     "flops_profiler": _SHOWN,
@@ -177,9 +178,9 @@ HARMLESS: dict[str, _Harmless] = {
     "tensorboard": _SHOWN,
     "wandb": _SHOWN,
     "timers": _SHOWN,
-    "zero_optimization.offload_optimizer": _SPEED,
-    "zero_optimization.offload_param": _SPEED,
-    "zero_optimization.leaf_module": _SPEED,
+    "zero_optimization.offload_optimizer": SPEED,
+    "zero_optimization.offload_param": SPEED,
+    "zero_optimization.leaf_module": SPEED,
 }
 """Of whole sections, where a key has no rule of its own."""
 

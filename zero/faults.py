@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,15 @@ KINDS = {
     "enospc": "no space left on the device",
     "eio": "an input/output error",
     "erofs": "a read-only file system",
+    "oom": "out of memory",
     "nan": "the first gradient is not a number (at step.backward)",
-    "slow": "from this step on every step takes three times as long",
+    "inf": "the first gradient is infinite (at step.backward)",
+    "spike": "loss and gradients of this rank are ten times as large (at step.forward)",
+    "slow": "from this step on every step takes three times as long (at step.backward or step.update)",
 }
+"""What each does; ``nan``, ``inf`` and ``spike`` strike once, also where the step is made again."""
 POINTS = (
+    "step.data",
     "step.forward",
     "step.backward",
     "step.update",
@@ -55,6 +60,15 @@ POINTS = (
 """In the order in which a step passes them; each stands before what it is named after."""
 
 _ERRNO = {"enospc": errno.ENOSPC, "eio": errno.EIO, "erofs": errno.EROFS}
+_SPOILED = {"nan": float("nan"), "inf": float("inf")}
+_PLACES = {
+    "nan": ("step.backward",),
+    "inf": ("step.backward",),
+    "spike": ("step.forward",),
+    "slow": ("step.backward", "step.update"),
+}
+_SPIKE = 10.0
+_ONCE = (*_SPOILED, "spike")
 _LASTING = ("slow",)
 EXIT_CODE = 70
 
@@ -89,6 +103,8 @@ class Fault:
         if fields[2] not in POINTS:
             near = nearest(fields[2], POINTS)
             problems.append(f"fault {text!r}: unknown point{near}; there are {', '.join(POINTS)}")
+        elif fields[2] not in _PLACES.get(kind, POINTS):
+            problems.append(f"fault {text!r}: {kind} strikes at {' or '.join(_PLACES[kind])}")
         refuse(ConfigError, problems)
         return Fault(kind, int(fields[0]), int(fields[1]), fields[2])
 
@@ -118,6 +134,7 @@ class Injector:
         faults = [Fault.parse(part) for part in text.split(";") if part]
         self.faults = [fault for fault in faults if fault.rank == rank]
         self.step = 0
+        self._struck: set[Fault] = set()
         self._began = time.monotonic()
 
     def begin(self, step: int) -> None:
@@ -132,29 +149,50 @@ class Injector:
             step: that the work belongs to, where it is not the one that has begun.
 
         Raises:
-            InjectedFault, OSError: if that is due.
+            InjectedFault, OSError, torch.OutOfMemoryError: if that is due.
         """
         for fault in self._due(point, self.step if step is None else step):
             self._strike(fault)
 
-    def spoil(self, point: str, gradients: Iterable[Tensor]) -> None:
-        """Make the first value of the first of ``gradients`` NaN, if that is due here."""
-        if any(fault.kind == "nan" for fault in self._due(point, self.step)):
-            with torch.no_grad():
-                next(gradient for gradient in gradients if gradient.numel()).reshape(-1)[:1].fill_(float("nan"))
+    @property
+    def spoils(self) -> bool:
+        """Whether any gradient is to be made worthless."""
+        return any(fault.kind in _SPOILED for fault in self.faults)
 
-    def _due(self, point: str, step: int) -> list[Fault]:
+    def spoil(self, point: str, gradients: Iterable[Tensor]) -> None:
+        """Make the first value of the first of ``gradients`` that has any NaN or infinite, if that is due here."""
+        first = next((gradient for gradient in gradients if gradient.numel()), None)
+        if first is not None:
+            for fault in self._due(point, self.step, _SPOILED):
+                with torch.no_grad():
+                    first.reshape(-1)[:1].fill_(_SPOILED[fault.kind])
+
+    def factor(self, point: str) -> float:
+        """By what to multiply the loss of this rank."""
+        return _SPIKE if self._due(point, self.step, ("spike",)) else 1.0
+
+    def _due(self, point: str, step: int, kinds: Container[str] | None = None) -> list[Fault]:
+        """The faults that strike here and now, of ``kinds``; None: of those that :meth:`at` is for."""
         if not self.faults:
             return []
-        return [
-            f for f in self.faults if f.point == point and (f.step == step or (f.kind in _LASTING and step > f.step))
+        due = [
+            fault
+            for fault in self.faults
+            if fault.point == point
+            and (fault.step == step or (fault.kind in _LASTING and step > fault.step))
+            and (fault.kind not in _ONCE if kinds is None else fault.kind in kinds)
+            and fault not in self._struck
         ]
+        self._struck.update(fault for fault in due if fault.kind in _ONCE)
+        return due
 
     def _strike(self, fault: Fault) -> None:
         if fault.kind in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
         elif fault.kind == "exit":
             os._exit(EXIT_CODE)
+        elif fault.kind == "oom":
+            raise torch.OutOfMemoryError(f"injected at {fault.point} of step {fault.step}")
         elif fault.kind == "raise":
             raise InjectedFault(f"injected at {fault.point} of step {fault.step}")
         elif fault.kind in _ERRNO:

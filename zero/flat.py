@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from zero.bucket import Bucket
 from zero.fragment import Fragment
 from zero.plan import Slot
 
-__all__ = ["Flat"]
+__all__ = ["Flat", "with_room"]
 
 
 class Flat:
@@ -91,3 +91,15 @@ class Flat:
             if first < end:
                 begin = first + self.bucket.own.start - slot.start
                 yield Fragment(slot.name, what, begin, vector[first - self.start : end - self.start])
+
+
+def with_room(flats: Sequence[Flat]) -> Iterator[tuple[Flat, Tensor, Tensor]]:
+    """Each run with memory for two more like it, the same for all: what is freed in between would lie in the way."""
+    longest = {
+        (f.values.dtype, f.values.device): f.values.numel() for f in sorted(flats, key=lambda f: f.values.numel())
+    }
+    room = {kind: torch.empty(2, length, dtype=kind[0], device=kind[1]) for kind, length in longest.items()}
+    for flat in flats:
+        shape = flat.values.shape
+        one, other = room[flat.values.dtype, flat.values.device][:, : shape.numel()]
+        yield flat, one.view(shape), other.view(shape)

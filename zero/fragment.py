@@ -14,7 +14,7 @@ class Fragment(NamedTuple):
 
     Attributes:
         parameter: its name.
-        what: ``master`` (the value), or the name of a state vector of the optimizer.
+        what: ``master`` (the value), the name of a state vector of the optimizer, or of a residue.
         start: the first element; 0 in a fragment that is the whole piece.
         values: a 1-D view; writing to it changes the state.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel import comm
+from parallel.mesh import Axis
 from zero.bucket import Bucket, Life
+from zero.script import Script
 
 __all__ = ["Live", "units_of"]
 
@@ -32,20 +34,30 @@ def units_of(model: nn.Module) -> dict[str, nn.Module]:
 class Live:
     """Gathers the buckets of a unit before the unit runs, forward and backward, and releases them after.
 
-    What follows a use is remembered, and gathered while that use computes. All ranks of the axis run the same program,
-    so they remember and gather the same.
+    What follows a use is remembered, and gathered while that use computes. All ranks of the axis must run the same
+    units in the same order, so that they remember and gather the same.
 
     Args:
         units: name -> module.
         buckets: name -> the buckets that the module's parameters are in.
         ahead: units that are gathered ahead of their use.
+        axis: over which they are gathered.
+        passed: told of every bucket that backward has left.
 
     Attributes:
         most: the most values that were whole, or on their way, at a time.
     """
 
-    def __init__(self, units: Mapping[str, nn.Module], buckets: Mapping[str, Sequence[Bucket]], ahead: int) -> None:
-        self.buckets, self.ahead = buckets, ahead
+    def __init__(
+        self,
+        units: Mapping[str, nn.Module],
+        buckets: Mapping[str, Sequence[Bucket]],
+        ahead: int,
+        axis: Axis,
+        passed: Callable[[Bucket], None],
+    ) -> None:
+        self.buckets, self.ahead, self._passed = buckets, ahead, passed
+        self._script = Script(axis)
         self._next: dict[_Use, _Use] = {}
         self._previous: _Use | None = None
         self._users: dict[Bucket, int] = {}
@@ -66,8 +78,13 @@ class Live:
                     yield bucket
 
     def use(self, unit: str, phase: str) -> None:
-        """Have a unit whole, and begin to gather what follows it."""
+        """Have a unit whole, and begin to gather what follows it.
+
+        Raises:
+            OutOfStep: other ranks use another unit.
+        """
         use = (unit, phase)
+        self._script.follow(f"{phase} of {unit}")
         if self._previous is not None:
             self._next[self._previous] = use
         self._previous = use
@@ -76,6 +93,9 @@ class Live:
         expected = self._expected(use)
         self._release_all_but(expected)
         for bucket in self.buckets[unit]:
+            bucket.gather()
+        for bucket in self.buckets[unit]:
+            self._script.wait(bucket.there, f"{phase} of {unit}")
             bucket.whole()
         for bucket in expected:
             bucket.gather()
@@ -97,32 +117,38 @@ class Live:
             if not self._users.get(bucket) and bucket not in expected and not self._held:
                 bucket.release()
 
-    def done(self, unit: str) -> None:
+    def done(self, unit: str, phase: str) -> None:
         """Let a unit go, unless it is used next."""
         expected = self._expected(self._previous) if self._previous else []
         for bucket in self.buckets[unit]:
             self._users[bucket] = max(0, self._users.get(bucket, 0) - 1)
             if not self._users[bucket] and bucket not in expected and not self._held:
                 bucket.release()
+            if not self._users[bucket] and phase == "backward":
+                self._passed(bucket)
 
     def begin(self) -> None:
         """A step begins: what one that was broken off still held is let go."""
+        self._script.open("step")
         self._users.clear()
         self._previous = None
         self._release_all_but(())
 
     def end(self) -> None:
         """The step is over: nothing follows what was used last."""
+        self._script.open("between steps")
         self._previous = None
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """All parameters, for as long as the context is open."""
+        self._script.follow("all parameters")
         self._held, outer = True, self._held
         try:
             for bucket in self._all():
                 bucket.gather()
             for bucket in self._all():
+                self._script.wait(bucket.there, "all parameters")
                 bucket.whole()
             yield
         finally:
@@ -142,7 +168,7 @@ class Live:
         def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
             inward = any(tensor.requires_grad for tensor in _tensors((arguments, options)))
             output, _ = _through(_Leave, output, self, unit, not inward)
-            self.done(unit)
+            self.done(unit, "forward")
             return output
 
         return hook
@@ -158,7 +184,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.live.done(ctx.unit)
+        ctx.live.done(ctx.unit, "backward")
         return None, None, *grads
 
 
@@ -175,7 +201,7 @@ class _Leave(torch.autograd.Function):
         ctx.live.use(ctx.unit, "backward")
         if ctx.last:
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: ctx.live.done(ctx.unit))
+            engine.queue_callback(lambda: ctx.live.done(ctx.unit, "backward"))
         return None, None, None, *grads
 
 

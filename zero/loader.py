@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,19 @@ from parallel.errors import ConfigError, DataError, refuse
 from parallel.models.batch import IGNORE, Batch
 from zero.data import PackedTokens
 
-__all__ = ["Loader", "permute", "validation_batches"]
+__all__ = ["Loader", "Sample", "permute", "validation_batches"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sequence of a step: which window of the tokens, and the first and the last document that it touches.
+
+    Documents are counted from 0 in the order in which they were packed; window w is tokens ``w * sequence`` and on.
+    """
+
+    window: int
+    first_document: int
+    last_document: int
 
 
 def permute(index: int, count: int, key: int) -> int:
@@ -105,6 +117,11 @@ class Loader:
         each = self.sequences // (self.size * self.microbatches)
         firsts = [(microbatch * self.size + self.rank) * each for microbatch in range(self.microbatches)]
         return [self._batch(number, range(first, first + each)) for first in firsts]
+
+    def samples(self, number: int) -> list[Sample]:
+        """What all ranks learn from in optimizer step ``number``, in the order of the step."""
+        windows = [self._window(number * self.sequences + place) for place in range(self.sequences)]
+        return [Sample(window, *self.packed.documents(window, self.sequence)) for window in windows]
 
     def _batch(self, number: int, places: range) -> Batch:
         windows = [self._window(number * self.sequences + place) for place in places]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,18 +16,26 @@ from zero.sharing import Sharing
 __all__ = ["Needs", "NotEnoughMemory", "explained"]
 
 
+_KINDS = ("parameters", "gradients", "master", "state")
+_AWAY = {"none": (), "optimizer": ("master", "state"), "parameters": ("parameters", "master", "state")}
+
+
 class NotEnoughMemory(LockstepError):
     """Training state does not fit this rank; the message says what needs how much, and which options need less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes on one rank between two steps (arXiv 1910.02054, figure 1, with gradients in the optimizer's precision)."""
+    """Bytes on one rank between two steps (arXiv 1910.02054, figure 1, with gradients in the optimizer's precision).
+
+    ``cut``: a rank keeps its own run of the gradients alone; then that is offloaded with the optimizer's state.
+    """
 
     parameters: int
     gradients: int
     master: int
     state: int
+    cut: bool
 
     @staticmethod
     def of(parameters: Sequence[nn.Parameter], sharing: Sharing, vectors: int = 2) -> Needs:
@@ -42,17 +50,28 @@ class Needs:
             gradients=own if stage > 1 else gradients,
             master=0 if same and sharing.offload != "optimizer" else own,
             state=vectors * own,
+            cut=stage > 1,
         )
+
+    def _away(self, offload: str) -> set[str]:
+        return {*_AWAY[offload], *(["gradients"] if self.cut and offload != "none" else [])}
+
+    def total(self, offload: str = "none") -> int:
+        """All of them that ``offload`` leaves on the device."""
+        return sum(getattr(self, name) for name in _KINDS if name not in self._away(offload))
 
     def lines(self, offload: str) -> Iterator[str]:
         """One for each kind."""
-        there = {"none": (), "optimizer": ("master", "state"), "parameters": ("parameters", "master", "state")}[offload]
-        for name in ("parameters", "gradients", "master", "state"):
-            where = ", in CPU memory" if name in there else ""
+        for name in _KINDS:
+            where = ", in CPU memory" if name in self._away(offload) else ""
             yield f"{name} {getattr(self, name) / (1 << 20):,.1f} MiB{where}"
 
 
-def _knobs(sharing: Sharing, data: int) -> Iterator[str]:
+def _knobs(sharing: Sharing, data: int, step: bool) -> Iterator[str]:
+    if step:
+        yield 'recompute = "full"'
+        yield "more batch.microbatches"
+        yield "a shorter batch.sequence"
     if sharing.stage < 3 and data > 1:
         yield f"zero.stage = {sharing.stage + 1} (it is {sharing.stage}, on {data} data ranks)"
     if sharing.stage and sharing.replica.size > 1:
@@ -63,29 +82,48 @@ def _knobs(sharing: Sharing, data: int) -> Iterator[str]:
         yield 'zero.offload = "parameters"'
     yield "more tensor or pipeline ranks (layout.tp, layout.pp)"
     yield "a smaller optimizer.bucket_mb"
-    yield 'recompute = "full", if it is activations that fill the memory'
+    if not step:
+        yield 'recompute = "full", if it is activations that fill the memory'
+
+
+def _end_of_memory(error: BaseException | None) -> BaseException | None:
+    """What says that memory ended, among an error and its causes; None too where that is explained already."""
+    while error is not None and not isinstance(error, NotEnoughMemory):
+        refused = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        if refused or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return error
+        error = error.__cause__
+    return None
 
 
 @contextmanager
-def explained(parameters: Sequence[nn.Parameter], sharing: Sharing, data: int) -> Iterator[None]:
+def explained(
+    parameters: Sequence[nn.Parameter], sharing: Sharing, data: int, held: Callable[[], int] | None = None
+) -> Iterator[None]:
     """Say what training state needs if memory ends inside.
 
     Args:
         data: ranks of the data axis.
+        held: for what is more than state, as a step is: the most bytes that this rank has held.
 
     Raises:
         NotEnoughMemory: it ended.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        ended = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
-        if not ended:
+    except Exception as error:
+        end = _end_of_memory(error)
+        if end is None:
             raise
-        needs, text = Needs.of(parameters, sharing), text.partition("\n")[0]
+        needs, reason = Needs.of(parameters, sharing), str(end).partition("\n")[0] or "out of memory"
+        lines = [*needs.lines(sharing.offload)]
+        if held is not None:
+            there = sharing.offload if any(p.is_cuda for p in parameters) else "none"
+            rest = held() - needs.total(there)
+            lines.append(f"all else, activations above all, {rest / (1 << 20):,.1f} MiB at the most so far")
+        what = "training state" if held is None else "a step with training state"
         raise NotEnoughMemory(
-            f"not enough memory for training state of {sum(p.numel() for p in parameters):,} parameters "
-            f"(ZeRO stage {sharing.stage}): {'; '.join(needs.lines(sharing.offload))} (state: of AdamW). "
-            f"What needs less: {'; '.join(_knobs(sharing, data))}. ({text or 'out of memory'})"
+            f"not enough memory for {what} of {sum(p.numel() for p in parameters):,} parameters "
+            f"(ZeRO stage {sharing.stage}): {'; '.join(lines)} (state: of AdamW). "
+            f"What needs less: {'; '.join(_knobs(sharing, data, held is not None))}. ({reason})"
         ) from error

@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +15,30 @@ import torch
 
 from parallel.models.batch import Batch
 from parallel.models.config import DecoderConfig
+from zero.loader import Sample
 
-__all__ = ["Metrics", "MetricsLog", "measured_peak", "peak_memory", "training_flops"]
+__all__ = ["Metrics", "MetricsLog", "Rewound", "measured_peak", "peak_memory", "training_flops"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewound:
+    """A run that has gone back to a checkpoint because of a spike.
+
+    Attributes:
+        from_step: the step that had it; its line, and those before it back to the checkpoint, are written anew.
+        to_step: of the checkpoint.
+        share: of the data that is passed over from now on: that of step ``share + 1`` if nothing else were.
+        loss: of the step.
+        spike: how many times the median of the losses before.
+        samples: what the share is.
+    """
+
+    from_step: int
+    to_step: int
+    share: int
+    loss: float
+    spike: float
+    samples: Sequence[Sample] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +59,10 @@ class Metrics:
         peak_memory: of this process (CUDA: of its device), bytes.
         validation_loss: nats a token, where it was measured.
         bits_per_byte: of the validation text.
+        spike: how many times the median of the losses before this loss is, where it is a spike.
+        samples: what the step learned from, where its loss is a spike.
+        rewound: why the run has gone back before this step.
+        slow_ranks: ranks that computed for longer than their like, and how many times; measured every fifth step.
         save_failed: why a checkpoint could not be written since the step before; the one before it stands.
     """
 
@@ -54,6 +80,10 @@ class Metrics:
     bits_per_byte: float | None = None
     save_failed: str | None = None
     not_finite: str | None = None
+    spike: float | None = None
+    samples: Sequence[Sample] | None = None
+    rewound: Rewound | None = None
+    slow_ranks: dict[int, float] | None = None
 
 
 class MetricsLog:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Lane", "Offload", "hosted", "overlapped"]
+__all__ = ["Landing", "Lane", "Offload", "hosted", "overlapped"]
 
 Offload = Literal["none", "optimizer", "parameters"]
 _Item = TypeVar("_Item")
@@ -19,8 +19,11 @@ _Item = TypeVar("_Item")
 
 def hosted(values: Tensor) -> Tensor:
     """A copy in CPU memory; pinned where the values are on a CUDA device, so that copies need not wait."""
-    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    return there.copy_(values)
+    return _room(values).copy_(values)
+
+
+def _room(values: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
 
 
 class Lane:
@@ -61,6 +64,47 @@ class Lane:
             event = torch.cuda.Event()
             event.record(self._stream)
             return event.synchronize
+
+
+class Landing:
+    """A sum in CPU memory of what comes from a device, one summand after the other, while the device computes.
+
+    Args:
+        total: in CPU memory; to be read after :meth:`done`.
+        lane: by which summands come.
+    """
+
+    def __init__(self, total: Tensor, lane: Lane) -> None:
+        self.total, self._lane = total, lane
+        self._count = 0
+        self._second: Tensor | None = None
+        self._arrived: Callable[[], None] | None = None
+
+    def begin(self) -> None:
+        """Forget the last sum."""
+        self._join()
+        self._count = 0
+
+    def add(self, summand: Tensor) -> None:
+        """Begin to bring a summand; the first goes where the sum is, the others beside it."""
+        self._join()
+        if self._count and self._second is None:
+            self._second = _room(summand)
+        target = self._second if self._count and self._second is not None else self.total
+        self._arrived = self._lane.down(summand, target)
+        self._count += 1
+
+    def done(self) -> Tensor:
+        """The sum, once every summand is in it."""
+        self._join()
+        return self.total if self._count else self.total.zero_()
+
+    def _join(self) -> None:
+        if self._arrived is not None:
+            self._arrived()
+            self._arrived = None
+            if self._count > 1 and self._second is not None:
+                self.total.add_(self._second)
 
 
 def _nothing() -> None:

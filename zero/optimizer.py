@@ -19,7 +19,7 @@ from parallel.errors import ConfigError, refuse
 from parallel.mesh import Mesh
 from zero.bucket import Bucket
 from zero.buckets import Buckets
-from zero.flat import Flat
+from zero.flat import Flat, with_room
 from zero.fragment import Fragment
 from zero.live import Live, units_of
 from zero.memory import explained
@@ -142,6 +142,7 @@ class ZeroOptimizer:
     ) -> None:
         self.config = OptimizerConfig() if config is None else config
         self.zero = z = ZeroConfig() if zero is None else zero
+        self.stage = z.stage
         self.mesh = mesh
         refuse(ConfigError, [*z.problems(), *z.misfits(mesh.data.size)])
         sharing = Sharing.over(
@@ -166,7 +167,7 @@ class ZeroOptimizer:
         if sharing.stage == 3:
             where = self.buckets.where
             of = {n: list(dict.fromkeys(where[p][0] for p in u.parameters() if p in where)) for n, u in units.items()}
-            self.live = Live(units, of, self.zero.ahead)
+            self.live = Live(units, of, self.zero.ahead, sharing.shard, self.buckets.turns.passed)
         groups = [
             {"params": [flat.values], "weight_decay": self.config.weight_decay if flat.decay else 0.0}
             for flat in self._flats
@@ -174,6 +175,7 @@ class ZeroOptimizer:
         nothing = {"params": [nn.Parameter(torch.empty(0))], "weight_decay": 0.0}  # torch refuses an empty list
         self.inner = (factory or self._adamw)(groups or [nothing])
         self._hosts: dict[Flat, Tensor] = {}
+        self._readers: list[Callable[[], object]] = []
 
     def _make_flats(self) -> Iterator[Flat]:
         for bucket in self.buckets.buckets:
@@ -191,13 +193,16 @@ class ZeroOptimizer:
             self.live.begin()
         self.buckets.begin()
 
-    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None) -> None:
-        """Say whether the next backward pass gives the step's last gradients, whose reduction overlaps it.
+    def expect_last(self, last: bool, of: Set[nn.Parameter] | None = None, whole: bool = True) -> None:
+        """Announce a backward pass, and say whether it gives the step's last gradients; their reduction overlaps it.
+
+        Stages 2 and 3 reduce in every pass that is announced; a pass that is not adds to what the rank has in memory.
 
         Args:
-            of: the parameters of which that is said; default: all.
+            of: the parameters of which that is said; default: all. None at all: the pass announced before is over.
+            whole: whether none of their gradients is put off to a later pass, as I of a pipeline schedule does.
         """
-        self.buckets.expect_last(last, of)
+        self.buckets.expect_last(last, of, whole)
 
     def reduce(self) -> None:
         """Complete the gradients of this step, which :meth:`step` does by itself."""
@@ -226,6 +231,7 @@ class ZeroOptimizer:
 
     def _update(self, scale: float) -> None:
         """From reduced gradients to new parameters."""
+        self.settle()
         if self.zero.offload == "none":
             for flat in self._flats:
                 flat.values.grad = flat.gradient(self.buckets.own(flat.bucket), scale)
@@ -248,15 +254,17 @@ class ZeroOptimizer:
         bucket.land()
 
     def _fetch(self, bucket: Bucket, scale: float) -> Callable[[], None]:
-        """Begin to copy a reduced gradient to CPU memory; the result waits for it."""
+        """Have a reduced gradient in CPU memory; the result waits for what is on its way."""
         arrivals: list[Callable[[], None]] = []
         for flat in self._of.get(bucket, []):
             gradient = flat.gradient(self.buckets.own(bucket), scale)
-            there = self._hosts.get(flat)
-            if there is None:
-                there = self._hosts[flat] = hosted(gradient)
-            arrivals.append(self.buckets.sharing.lane.down(gradient, there))
-            flat.values.grad = there
+            if bucket.landing is None:
+                there = self._hosts.get(flat)
+                if there is None:
+                    there = self._hosts[flat] = hosted(gradient)
+                arrivals.append(self.buckets.sharing.lane.down(gradient, there))
+                gradient = there
+            flat.values.grad = gradient
 
         def wait() -> None:
             for arrived in arrivals:
@@ -266,6 +274,12 @@ class ZeroOptimizer:
 
     def _apply(self, flats: Sequence[Flat]) -> None:
         """Update the master weights whose gradients are there."""
+        self._step_only(flats)
+        for flat in flats:
+            flat.updated()
+
+    def _step_only(self, flats: Sequence[Flat]) -> None:
+        """A step of the inner optimizer, of these."""
         params = {flat.values for flat in flats}
         groups = self.inner.param_groups
         self.inner.param_groups = [group for group in groups if not params.isdisjoint(group["params"])]
@@ -275,7 +289,22 @@ class ZeroOptimizer:
             self.inner.param_groups = groups
         for flat in flats:
             flat.values.grad = None
-            flat.updated()
+
+    def read_behind(self, wait: Callable[[], object]) -> None:
+        """Somebody reads the state while training goes on: before it next changes, ``wait`` is called, once."""
+        self._readers.append(wait)
+
+    def changes(self) -> int:
+        """A number that grows with every change in place of weights or optimizer state, as far as torch counts them."""
+        tensors = [flat.bucket.master for flat in self._flats]
+        tensors += [v for state in self.inner.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(tensor._version for tensor in (*tensors, *self.buckets.where, *self.buckets.frozen.values()))
+
+    def settle(self) -> None:
+        """Return when nobody reads the state any more; to be called before it is changed by other means than ours."""
+        readers, self._readers = self._readers, []
+        for wait in readers:
+            wait()
 
     def culprits(self) -> list[str]:
         """Where gradients were not finite before they were summed: rank and parameter; every rank calls it."""
@@ -306,16 +335,18 @@ class ZeroOptimizer:
             yield from ((name, parameter.data) for name, parameter in self.buckets.frozen.items())
 
     def state(self) -> Iterator[Fragment]:
-        """What this rank holds of the master weights and of every state vector, as views.
+        """What this rank holds of the master weights, of every state vector and of what top-k keeps back, as views.
 
         Parameters that are not trained come last, as they are.
         """
+        self.settle()
         if not self.inner.state:
             self.prepare()
         for flat in self._flats:
             yield from flat.fragments("master", flat.bucket.master[flat.start : flat.stop])
             for what, value in self._vectors(flat.values).items():
                 yield from flat.fragments(what, flat.piece(what, value))
+        yield from self.buckets.residues()
         for name, parameter in self.buckets.frozen.items():
             yield Fragment(name, "master", 0, parameter.data.view(-1))
 
@@ -328,21 +359,21 @@ class ZeroOptimizer:
         return found
 
     def prepare(self) -> None:
-        """Allocate the state vectors, which torch otherwise does in the first step, so that they can be filled."""
-        rates = [
-            {key: group[key] for key in ("lr", "weight_decay") if key in group} for group in self.inner.param_groups
-        ]
-        saved = [flat.values.detach().clone() for flat in self._flats]
-        for group, own in zip(self.inner.param_groups, rates, strict=True):
+        """Allocate the state vectors, which torch otherwise does in the first step, so that they can be filled.
+
+        Memory beyond them: twice the largest run of the master weights that is updated as one.
+        """
+        self.settle()
+        groups = self.inner.param_groups
+        rates = [{key: group[key] for key in ("lr", "weight_decay") if key in group} for group in groups]
+        for group, own in zip(groups, rates, strict=True):
             group.update(dict.fromkeys(own, 0.0))
-        for flat in self._flats:
-            flat.values.grad = torch.zeros_like(flat.values)
-        self.inner.step()
-        with torch.no_grad():
-            for flat, values in zip(self._flats, saved, strict=True):
-                flat.values.grad = None
-                flat.values.copy_(values)
-        for group, own in zip(self.inner.param_groups, rates, strict=True):
+        for flat, saved, gradient in with_room(self._flats):
+            saved.copy_(flat.values.detach())
+            flat.values.grad = gradient.zero_()
+            self._step_only([flat])
+            flat.values.detach().copy_(saved)
+        for group, own in zip(groups, rates, strict=True):
             group.update(own)
         for state in self.inner.state.values():
             for value in state.values():
@@ -352,6 +383,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def restore(self, scalars: dict[str, float]) -> None:
         """After the fragments of :meth:`state` were filled: set the scalars, and give the model its values."""
+        self.settle()
         for flat in self._flats:
             for what, value in self._numbers(flat.values).items():
                 value.fill_(scalars[f"{flat.names[0]}|{what}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,8 @@ class Sharing:
     Attributes:
         stage: of ZeRO.
         shard: the ranks that share one copy of the state.
+        reduction: the ranks of ``shard`` (at stage 0: all data ranks), in a group of their own: gradients are summed in
+            another order than all else goes over the axis, and neither is to wait for the other.
         replica: the ranks that hold the same run of it.
         lane: copies to and from CPU memory.
         secondary: the neighbouring ranks that share a second copy of the parameters from forward to the update; None:
@@ -32,6 +34,7 @@ class Sharing:
 
     stage: int
     shard: Axis
+    reduction: Axis
     replica: Axis
     lane: Lane
     secondary: Axis | None = None
@@ -63,9 +66,12 @@ class Sharing:
         data = mesh.data
         size = 1 if stage == 0 else size or data.size
         first, second = data.rank - data.rank % size, data.rank - data.rank % max(1, secondary)
+        shard = mesh.among("data", range(first, first + size))
+        summed = range(first, first + size) if stage else range(data.size)
         return Sharing(
             stage=stage,
-            shard=mesh.among("data", range(first, first + size)),
+            shard=shard,
+            reduction=replace(mesh.among("data", summed, "gradients"), name=shard.name if stage else data.name),
             replica=mesh.among("data", range(data.rank % size, data.size, size)),
             lane=Lane(torch.device(mesh.device)),
             secondary=mesh.among("data", range(second, second + secondary)) if secondary else None,

@@ -69,7 +69,7 @@ BACKENDS: Registry[type[Backend]] = Registry(
     {
         "cpu": "infer.attention.cpu:CpuAttention",
         "triton": "infer.attention.triton:TritonAttention",
-        "torch": "infer.attention.tiled:TiledAttention",
+        "torch": "infer.attention.fused:FusedAttention",
         "reference": "infer.attention.reference:ReferenceAttention",
     },
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from infer.attention import Pages
 
-__all__ = ["LARGEST", "dequantize", "quantize", "wide", "write"]
+__all__ = ["LARGEST", "dequantize", "history", "quantize", "write"]
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """What the largest magnitude of a row becomes."""
@@ -37,11 +37,6 @@ def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return values.to(dtype) if scale is None else values.to(dtype) * scale[..., None].to(dtype)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What attention is computed in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def write(pages: Pages, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor) -> None:
     """Put new keys and values into their slots.
 
@@ -60,3 +55,30 @@ def write(pages: Pages, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor) -> None:
             values, scale = quantize(fresh, held.dtype)
             held.view(torch.uint8)[page_T, :, place_T] = values.view(torch.uint8)  # fp8 cannot be indexed
             scales[page_T, :, place_T] = scale
+
+
+def history(pages: Pages, table_P: Tensor, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens ``low`` to ``high`` of one request, each (tokens, K, H).
+
+    Args:
+        pages: of a layer.
+        table_P: the request's.
+        low, high: positions.
+        dtype: that they shall have.
+
+    Raises:
+        IndexError: the table names a page that there is not.
+    """
+    count, _, size, _ = pages.k_PKSH.shape
+    first = low // size
+    chosen = table_P[first : -(-high // size)].long()
+    if bool(((chosen < 0) | (chosen >= count)).any()):
+        raise IndexError(f"a page table names a page outside 0 to {count - 1}")
+    tokens = slice(low - first * size, high - first * size)
+
+    def side(values: Tensor, scales: Tensor | None) -> Tensor:
+        picked = values[chosen] if scales is None else values.view(torch.uint8)[chosen].view(values.dtype)
+        whole = dequantize(picked, None if scales is None else scales[chosen], dtype)
+        return whole.transpose(1, 2).flatten(0, 1)[tokens]
+
+    return side(pages.k_PKSH, pages.k_scale_PKS), side(pages.v_PKSH, pages.v_scale_PKS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from infer.attention import Pages
-from infer.attention.quantize import dequantize, wide, write
+from infer.attention.quantize import history, write
 from infer.batch import StepBatch
 
 __all__ = ["ReferenceAttention"]
@@ -32,35 +32,19 @@ class ReferenceAttention:
         """As :class:`~infer.attention.Backend` says."""
         write(pages, k_TKH, v_TKH, step.slots_T[group])
         out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+        wide = torch.float64 if q_TNH.dtype == torch.float64 else torch.float32
         for request, context in enumerate(step.context_R.tolist()):
             rows = slice(step.boundaries[request], step.boundaries[request + 1])
             start = context - (rows.stop - rows.start)
             low = 0 if window is None else max(0, start - window + 1)
-            k_CKH, v_CKH = _gathered(pages, step.table[group][request], low, context, wide(q_TNH.dtype))
+            k_CKH, v_CKH = history(pages, step.table[group][request], low, context, wide)
             position = torch.arange(start, context, device=q_TNH.device)[:, None]
             key = torch.arange(low, context, device=q_TNH.device)
             seen = key <= position
             if window is not None:
                 seen &= key > position - window
-            out[rows] = _attend(q_TNH[rows].to(k_CKH.dtype), k_CKH, v_CKH, seen).to(q_TNH.dtype)
+            out[rows] = _attend(q_TNH[rows].to(wide), k_CKH, v_CKH, seen).to(q_TNH.dtype)
         return out
-
-
-def _gathered(pages: Pages, table_P: Tensor, low: int, high: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values of tokens ``low`` to ``high`` of one request, each (tokens, K, H)."""
-    size, count = pages.k_PKSH.shape[2], pages.k_PKSH.shape[0]
-    first = low // size
-    chosen = table_P[first : -(-high // size)].long()
-    if bool(((chosen < 0) | (chosen >= count)).any()):
-        raise IndexError(f"a page table names a page outside 0 to {count - 1}")
-    tokens = slice(low - first * size, high - first * size)
-
-    def side(values: Tensor, scales: Tensor | None) -> Tensor:
-        picked = values.view(torch.uint8)[chosen].view(values.dtype) if scales is not None else values[chosen]
-        whole = dequantize(picked, None if scales is None else scales[chosen], dtype)
-        return whole.transpose(1, 2).flatten(0, 1)[tokens]
-
-    return side(pages.k_PKSH, pages.k_scale_PKS), side(pages.v_PKSH, pages.v_scale_PKS)
 
 
 def _attend(q_TNH: Tensor, k_CKH: Tensor, v_CKH: Tensor, seen_TC: Tensor) -> Tensor:

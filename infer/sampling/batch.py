@@ -40,8 +40,8 @@ def sample(
         torch.empty(len(rows), dtype=torch.int64, device=device),
         torch.empty(len(rows), dtype=torch.int8, device=device),
     )
-    for kind, places in _groups(entries, max(1, chunk // logits_RV.shape[1])):
-        _Part(logits_RV, rows, entries, places, out, space).run(kind, history)
+    for kind, width, places in _groups(entries, max(1, chunk // logits_RV.shape[1])):
+        _Part(logits_RV, rows, entries, places, out, space).run(kind, width, history)
     kept = [i for i, entry in enumerate(entries) if entry.slot >= 0 and entry.kind is not Kind.BEAM]
     if kept:
         slots = [entries[i].slot for i in kept]
@@ -66,17 +66,17 @@ def _catch_up(rows: Sequence[Row], entries: Sequence[Entry], history: History) -
         history.append(slots, torch.tensor(slots, device=history.device), torch.tensor(tokens, device=history.device))
 
 
-def _groups(entries: Sequence[Entry], most: int) -> Iterator[tuple[Kind, list[int]]]:
-    """Rows that are computed together, neighbours with the same features as far as possible."""
+def _groups(entries: Sequence[Entry], most: int) -> Iterator[tuple[Kind, int, list[int]]]:
+    """Rows that are computed together, their kind and their width; neighbours have the same features if possible."""
 
-    def kind(i: int) -> tuple[Kind, int]:
-        return entries[i].kind, entries[i].features & Feature.TYPICAL
+    def same(i: int) -> tuple[Kind, int, int]:
+        return entries[i].kind, entries[i].width, entries[i].features & Feature.TYPICAL
 
-    order = sorted(range(len(entries)), key=lambda i: (kind(i), entries[i].features, entries[i].top_k))
-    for (name, _), group in groupby(order, kind):
+    order = sorted(range(len(entries)), key=lambda i: (same(i), entries[i].features, entries[i].top_k))
+    for (kind, width, _), group in groupby(order, same):
         places = list(group)
         for start in range(0, len(places), most):
-            yield name, sorted(places[start : start + most])
+            yield kind, width, sorted(places[start : start + most])
 
 
 class _Part:
@@ -105,12 +105,12 @@ class _Part:
             copy = space.take("rows", len(places), logits_RV.shape[1])
             self.raw_RV = torch.index_select(logits_RV, 0, self.at, out=copy)
 
-    def run(self, kind: Kind, history: History) -> None:
+    def run(self, kind: Kind, width: int, history: History) -> None:
         """Sample, and write into ``out`` what belongs to these rows."""
         if kind is Kind.BEAM:
             tokens, most = self._beams(history)
         elif kind is Kind.DRAW:
-            drawn = draw(self._edited(self.raw_RV, history), self._how(), self.space)
+            drawn = draw(self._edited(self.raw_RV, history), self._how(), self.space, width)
             tokens, most = drawn.tokens, drawn.largest
             self._report(Feature.PROCESSED, lambda some, most: self._of_drawn(drawn, some, most))
         else:
@@ -147,10 +147,10 @@ class _Part:
         return how
 
     def _of_drawn(self, drawn: Drawn, some: list[int], most: int) -> tuple[Tensor, Tensor]:
-        tokens = drawn.tokens[some]
         cut = [bool(self.entries[i].features & TRUNCATED) for i in some]
-        s_RV, total = truncated(drawn, some, torch.tensor(cut, device=tokens.device), self.space)
-        return of_scaled(s_RV, total, tokens, most)
+        s_RN, total = truncated(drawn, some, torch.tensor(cut, device=drawn.tokens.device), self.space)
+        columns, values = of_scaled(s_RN, total, drawn.chosen[some], min(most, s_RN.shape[1]))
+        return columns if drawn.places_RN is None else drawn.places_RN[some].gather(1, columns), values
 
     def _of_logits(self, x_RV: Tensor, tokens: Tensor, some: list[int], most: int) -> tuple[Tensor, Tensor]:
         if len(some) < len(self.rows):
@@ -163,16 +163,24 @@ class _Part:
         x_RV = self._edited(
             (s_RV - log_total(weights(s_RV, self.space), self.space)[:, None]).to(torch.float32), history
         )
-        counts = tuple(entry.candidates for entry in self.entries)
-        values, tokens = largest(x_RV, max(counts))
-        both = (torch.cat([part[:, :1], part], 1) for part in (tokens, values))
-        self.out.candidates.append(LogProbs(tuple(self.places), counts, *both))
-        return tokens[:, 0], torch.where(values[:, 0] == -torch.inf, -torch.inf, most)
+        tokens, values = x_RV.max(1)[::-1]
+        for count, some in self._by_count([entry.candidates for entry in self.entries]):
+            best, likeliest = largest(x_RV[some], count)
+            own = tokens[some][:, None], values[some][:, None]
+            self._note(self.out.candidates, some, torch.cat([own[0], likeliest], 1), torch.cat([own[1], best], 1))
+        return tokens, torch.where(values == -torch.inf, -torch.inf, most)
 
     def _report(self, feature: int, of: Callable[[list[int], int], tuple[Tensor, Tensor]]) -> None:
         """Log-probabilities of the rows that have the feature."""
-        some = [i for i, entry in enumerate(self.entries) if entry.features & feature] if self.present & feature else []
-        if some:
-            counts = tuple(min(self.entries[i].reported, self.raw_RV.shape[1]) for i in some)
-            places = tuple(self.places[i] for i in some)
-            self.out.logprobs.append(LogProbs(places, counts, *of(some, max(counts))))
+        if self.present & feature:
+            wanted = [entry.reported if entry.features & feature else -1 for entry in self.entries]
+            for count, some in self._by_count(wanted):
+                self._note(self.out.logprobs, some, *of(some, count))
+
+    def _by_count(self, counts: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Rows that want as many: which of several equals are among so many does not depend on what others want."""
+        for count in sorted(set(counts) - {-1}):
+            yield count, [i for i, wanted in enumerate(counts) if wanted == count]
+
+    def _note(self, reports: list[LogProbs], some: list[int], tokens: Tensor, values: Tensor) -> None:
+        reports.append(LogProbs(tuple(self.places[i] for i in some), tokens, values))

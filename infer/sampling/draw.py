@@ -30,11 +30,11 @@ from infer.sampling.weights import (
 )
 from parallel.rng import bits, key
 
-__all__ = ["Draw", "Drawn", "draw", "least_kept", "truncated"]
+__all__ = ["Draw", "Drawn", "draw", "least_kept", "truncated", "width_of"]
 
 STREAM = key("sampling")
 STRIDE = 1 << 20
-WIDTHS = (128, 2048)
+WIDTHS = (128, 1024)
 OPEN = 1 << 62
 SMALLEST = 1e-38
 LOWEST = -200.0  # below this a float32 weight is zero
@@ -83,27 +83,46 @@ class Draw:
 
 
 class Drawn(NamedTuple):
-    """Tokens that were drawn, and what they were drawn from.
+    """Tokens that were drawn, and what they were drawn from: N columns, which are the vocabulary or some of it.
 
     Attributes:
         tokens: int64 (R,).
         largest: the largest logit of each row.
-        s_RV: scaled logits.
+        chosen: the columns of the tokens (R,).
+        s_RN: scaled logits.
         w_RBL: weights; zero where top-k, min-p or typical left the token out.
         limit: what the tokens likelier than one in the nucleus weigh less than, in units; ``OPEN``: anything.
+        places_RN: the token of each column; None: its number.
     """
 
     tokens: Tensor
     largest: Tensor
-    s_RV: Tensor
+    chosen: Tensor
+    s_RN: Tensor
     w_RBL: Tensor
     limit: Tensor
+    places_RN: Tensor | None
 
 
-def draw(x_RV: Tensor, how: Draw, space: Space) -> Drawn:
-    """Draw one token a row. Rows without a finite logit, or with NaN, get some token."""
-    s_RV, most = scaled(x_RV, how.temperature, space)
-    w_RBL = weights(s_RV, space)
+def width_of(top_k: int, vocabulary: int) -> int:
+    """How many of the largest logits are enough for top-k, with room for 32 equals at the end; 0: take all."""
+    for width in WIDTHS[:2]:
+        if 0 < top_k <= width - 32 and 8 * width <= vocabulary:
+            return width
+    return 0
+
+
+def draw(x_RV: Tensor, how: Draw, space: Space, width: int = 0) -> Drawn:
+    """Draw one token a row, from all columns or from the ``width`` largest, which :func:`width_of` must give each row.
+
+    Rows without a finite logit, or with NaN, get some token.
+    """
+    places = None
+    if width:
+        places = largest(x_RV, width)[1].sort(1).values  # in the order of the vocabulary, which rounding cannot change
+        x_RV = x_RV.gather(1, places)
+    s_RN, most = scaled(x_RV, how.temperature, space)
+    w_RBL = weights(s_RN, space)
     limit = torch.full_like(how.seed, OPEN)
     if how.top_k is not None:
         kth = _kth(x_RV, how.top_k, how.most)
@@ -117,13 +136,14 @@ def draw(x_RV: Tensor, how: Draw, space: Space) -> Drawn:
         keep(w_RBL, w_RBL, how.min_p, space)
     if how.typical_p is not None:
         keep(w_RBL, w_RBL, least_kept(flat(w_RBL), flat(w_RBL), limit), space)
-        _keep_typical(w_RBL, s_RV, how.typical_p, space)
+        _keep_typical(w_RBL, s_RN, how.typical_p, space)
         limit.fill_(OPEN)
     if how.min_p is not None or how.typical_p is not None:
         lanes = units(fold(w_RBL, space))
     bounded = how.top_p is not None and how.typical_p is None
-    tokens = _choose(w_RBL, lanes, limit if bounded else None, how, space)
-    return Drawn(tokens.clamp_(max=x_RV.shape[1] - 1), most, s_RV, w_RBL, limit)
+    chosen = _choose(w_RBL, lanes, limit if bounded else None, how, space).clamp_(max=x_RV.shape[1] - 1)
+    tokens = chosen if places is None else places.gather(1, chosen[:, None])[:, 0]
+    return Drawn(tokens, most, chosen, s_RN, w_RBL, limit, places)
 
 
 def truncated(drawn: Drawn, some: Sequence[int], cut_R: Tensor, space: Space) -> tuple[Tensor, Tensor]:
@@ -135,12 +155,12 @@ def truncated(drawn: Drawn, some: Sequence[int], cut_R: Tensor, space: Space) ->
     Returns:
         scaled logits, -inf where a token was left out; float64 logarithm of the sum of their exponentials.
     """
-    s_RV, w_RBL, tokens = drawn.s_RV[some], drawn.w_RBL[some], drawn.tokens[some]
+    s_RN, w_RBL, chosen = drawn.s_RN[some], drawn.w_RBL[some], drawn.chosen[some]
     least = least_kept(flat(w_RBL), flat(w_RBL), drawn.limit[some]).clamp_(min=SMALLEST)
-    least = torch.minimum(least, flat(w_RBL).gather(1, tokens[:, None])[:, 0])
-    out = (flat(w_RBL)[:, : s_RV.shape[1]] < least[:, None]) & cut_R[:, None]
+    least = torch.minimum(least, flat(w_RBL).gather(1, chosen[:, None])[:, 0])
+    out = (flat(w_RBL)[:, : s_RN.shape[1]] < least[:, None]) & cut_R[:, None]
     keep(w_RBL, w_RBL, torch.where(cut_R, least, 0), space)
-    return s_RV.masked_fill_(out, -torch.inf), log_total(w_RBL, space)
+    return s_RN.masked_fill_(out, -torch.inf), log_total(w_RBL, space)
 
 
 def _kth(x_RV: Tensor, top_k: Tensor, most: int) -> Tensor:

@@ -31,22 +31,19 @@ class LogProbs(NamedTuple):
 
     Attributes:
         rows: which rows of the batch.
-        counts: how many of the likeliest tokens each of them wants.
-        tokens: int64 (R, 1 + K): the token in question, then the K likeliest; K is the largest count.
+        tokens: int64 (R, 1 + K): the token in question, then the K likeliest.
         values: float32 (R, 1 + K).
     """
 
     rows: tuple[int, ...]
-    counts: tuple[int, ...]
     tokens: Tensor
     values: Tensor
 
     def resolve(self) -> dict[int, TokenLogProb]:
         """As numbers, by row; waits for the device."""
         found = {}
-        lists = zip(self.rows, self.counts, self.tokens.tolist(), self.values.tolist(), strict=True)
-        for row, count, tokens, values in lists:
-            pairs = zip(tokens[1 : 1 + count], values[1 : 1 + count], strict=True)
+        for row, tokens, values in zip(self.rows, self.tokens.tolist(), self.values.tolist(), strict=True):
+            pairs = zip(tokens[1:], values[1:], strict=True)
             top = tuple((token, value) for token, value in pairs if value > -torch.inf)
             found[row] = TokenLogProb(tokens[0], values[0], top)
         return found
@@ -97,4 +94,4 @@ def prompt_logprobs(logits_TV: Tensor, tokens_T: Tensor | Sequence[int], count: 
     ]
     empty = (tokens_T.new_empty(0, 1 + most), logits_TV.new_empty(0, 1 + most, dtype=torch.float32))
     tokens, values = (torch.cat(column) for column in zip(*(parts or [empty]), strict=True))
-    return LogProbs(tuple(range(positions)), (most,) * positions, tokens, values)
+    return LogProbs(tuple(range(positions)), tokens, values)

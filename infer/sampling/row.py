@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infer.params import SamplingParams
+from infer.sampling.draw import width_of
 from parallel.rng import key
 
 __all__ = ["NUMBERS", "Entry", "Feature", "Kind", "Row", "compile_row", "request_seed"]
@@ -90,6 +91,7 @@ class Entry:
         kind, features: of its parameters.
         slot: its row in the tables of history; -1: it needs none.
         top_k: 0: all.
+        width: how many of the largest logits its draw needs; 0: all.
         numbers: its :data:`NUMBERS`, float32 values.
         reported: log-probabilities besides the token's own; -1: none at all.
         candidates: how many continuations a beam search wants: so many that, whichever stop, enough go on.
@@ -103,6 +105,7 @@ class Entry:
     features: int
     slot: int
     top_k: int
+    width: int
     numbers: tuple[float, ...]
     reported: int
     candidates: int
@@ -120,7 +123,7 @@ def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch
     """The entry of a request that is seen for the first time, without a slot."""
     params = row.params
     kind, features = _features(params, vocabulary)
-    reported = -1 if params.logprobs is None else params.logprobs
+    reported = -1 if params.logprobs is None else min(params.logprobs, vocabulary)
     if reported < 0 and params.samples > params.n:
         reported = 0  # the best of several are told by their log-probabilities
     if reported >= 0 and kind is not Kind.BEAM:
@@ -140,6 +143,7 @@ def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch
         features=features,
         slot=-1,
         top_k=min(params.top_k, vocabulary),
+        width=width_of(params.top_k, vocabulary) if kind is Kind.DRAW else 0,
         numbers=tuple(float(getattr(params, name)) for name in NUMBERS),
         reported=reported,
         candidates=min(vocabulary, max(params.beams * max(2, 1 + len(stops)), reported)),

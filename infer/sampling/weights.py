@@ -7,6 +7,8 @@ because torch vectorizes that on a CPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ LANES = 512
 UNIT = 2.0**40
 HUGE = 3.4e38
 FINITE = torch.finfo(torch.float32).max
-BLOCK, SLICES = 128, 32
+BLOCK = 128
 
 
 class Space:
@@ -71,15 +73,17 @@ def first_largest(x_RV: Tensor) -> tuple[Tensor, Tensor]:
 
 def largest(x_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row, descending, and their places: ``topk`` of the few columns that can hold them."""
-    width = x_RV.shape[1] // SLICES
-    if 4 * count > width:
-        return x_RV.topk(count, 1)
-    whole = x_RV[:, : SLICES * width].unflatten(1, (SLICES, width))
+    slices = math.isqrt(x_RV.shape[1] // count)
+    if slices < 3:
+        values, places = x_RV.topk(count, 1)
+        return values, places
+    width = x_RV.shape[1] // slices
+    whole = x_RV[:, : slices * width].unflatten(1, (slices, width))
     column = whole.amax(1).topk(count, 1).indices
-    found = whole.gather(2, column[:, None].expand(-1, SLICES, -1)).flatten(1)
-    places = (column[:, None] + width * torch.arange(SLICES, device=x_RV.device)[:, None]).flatten(1)
-    if rest := x_RV.shape[1] - SLICES * width:
-        found = torch.cat([found, x_RV[:, SLICES * width :]], 1)
+    found = whole.gather(2, column[:, None].expand(-1, slices, -1)).flatten(1)
+    places = (column[:, None] + width * torch.arange(slices, device=x_RV.device)[:, None]).flatten(1)
+    if rest := x_RV.shape[1] - slices * width:
+        found = torch.cat([found, x_RV[:, slices * width :]], 1)
         last = torch.arange(x_RV.shape[1] - rest, x_RV.shape[1], device=x_RV.device)
         places = torch.cat([places, last.expand(len(places), -1)], 1)
     values, spots = found.topk(count, 1)

@@ -7,16 +7,17 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel import comm
 from parallel.errors import ConfigError, ModelFolderError, RankError, Refusal, ShardError, refuse
 from parallel.hf.folder import INDEX, SINGLE
+from parallel.hf.stream import write_file
 from parallel.hf.table import ModelConfig, Part, parts, whole_shards
 from parallel.holders import holders
 from parallel.mesh import Mesh
@@ -52,7 +53,7 @@ def write_folder(
     eos: int | Sequence[int] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a Hugging Face folder, with no more than one of its files in memory.
+    """Write a Hugging Face folder, with no more than one parameter in memory.
 
     Everything is written beside ``folder``, which appears under its name when it is complete.
 
@@ -133,12 +134,10 @@ def _write_tensors(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        held: dict[str, Tensor] = {}
-        for name in names:
-            held |= _divided(name, tensors(name), shards[name], table[name], dtype)
-        save_file(held, draft / file, metadata={"format": "pt"})
-        (draft / file).chmod(0o644)  # safetensors writes for the owner alone
-        weight_map |= dict.fromkeys(held, file)
+        shapes = {part.name: part.shape for name in names for part in table[name]}
+        pieces = (_divided(name, tensors(name), shards[name], table[name], dtype).items() for name in names)
+        write_file(draft / file, shapes, dtype, chain.from_iterable(pieces))
+        weight_map |= dict.fromkeys(shapes, file)
     if len(files) > 1:
         total = sum(_numel(shard) for shard in shards.values()) * dtype.itemsize
         _write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

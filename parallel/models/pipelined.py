@@ -19,11 +19,14 @@ from parallel.pp.wavefront import forward_only, spread
 
 __all__ = ["ExpectLast", "PipelinedModel"]
 
+_NONE: frozenset[nn.Parameter] = frozenset()
+
 
 class ExpectLast(Protocol):
-    """What is told before gradients arrive: whether they are the last of the step, and of which parameters."""
+    """What is told before gradients arrive: whether they are the last of the step, of which parameters, and whether
+    none of a microbatch is put off; and when they have, with no parameters."""
 
-    def __call__(self, last: bool, of: Set[nn.Parameter]) -> None: ...
+    def __call__(self, last: bool, of: Set[nn.Parameter], whole: bool) -> None: ...
 
 
 class PipelinedModel:
@@ -65,7 +68,10 @@ class PipelinedModel:
         """
         self.model.train()
         self._begin(options)
-        arriving = lambda stage, last: expect_last(last, self._own[stage])  # noqa: E731
+
+        def arriving(stage: int | None, last: bool, whole: bool) -> None:
+            expect_last(last, _NONE if stage is None else self._own[stage], whole)
+
         self.pipeline.run(self.table(len(batches)), batches, arriving=arriving, trace=trace)
         return self._total
 

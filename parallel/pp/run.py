@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ class Pipeline(Generic[M]):
         schedule: Schedule,
         microbatches: Sequence[M],
         *,
-        arriving: Callable[[int, bool], None] | None = None,
+        arriving: Callable[[int | None, bool, bool], None] | None = None,
         trace: bool = False,
     ) -> dict[int, Tensor]:
         """Carry out a schedule; what the last stage gave for each microbatch that ended on this rank.
@@ -79,8 +80,9 @@ class Pipeline(Generic[M]):
         Args:
             schedule: a table for ``mesh.pp.size`` ranks, lowered or not.
             microbatches: as many as the schedule has.
-            arriving: called before every action that gives gradients with its stage, and whether no parameter of that
-                stage that gets a gradient now will get another.
+            arriving: called before every action that gives gradients with its stage, whether no parameter of that
+                stage that gets a gradient now will get another, and whether all have got theirs of the microbatch then;
+                and after it with None.
             trace: keep a record for :meth:`timeline`.
 
         Raises:
@@ -131,7 +133,7 @@ class _Step(Generic[M]):
         pipeline: Pipeline[M],
         schedule: Schedule,
         microbatches: Sequence[M],
-        arriving: Callable[[int, bool], None] | None,
+        arriving: Callable[[int | None, bool, bool], None] | None,
     ) -> None:
         self.pipeline, self.schedule, self.microbatches = pipeline, schedule, microbatches
         self.rank, self.where = pipeline.mesh.pp.rank, schedule.where
@@ -165,10 +167,14 @@ class _Step(Generic[M]):
         trace = self.pipeline.trace
         return _NOTHING if trace is None else trace.span(action)
 
-    def announce(self, action: Action) -> None:
-        """Say that gradients are about to arrive."""
+    @contextmanager
+    def announced(self, action: Action) -> Iterator[None]:
+        """Say that gradients are about to arrive, and that they have."""
         if self.arriving is not None:
-            self.arriving(action.stage, self.cell in self.finals)
+            self.arriving(action.stage, self.cell in self.finals, action.op != "I")
+        yield
+        if self.arriving is not None:
+            self.arriving(None, False, True)
 
     def take(self, name: str, action: Action) -> Tensor:
         """A value, once it is there."""
@@ -185,14 +191,14 @@ class _Step(Generic[M]):
 
     def _await(self, message: Message, action: Action, source: int | None) -> None:
         """Return when a message is there; raise if it never comes, or a rank says that the step has failed."""
-        if message.there(_SHORT_S):
+        if self._there(message):
             return
         pipeline, started = self.pipeline, time.monotonic()
         board, ranks = pipeline.board, pipeline.mesh.pp.ranks
         peer = ranks[self.rank if source is None else source]
         board.wait_for(peer, {"at": str(action)})
         try:
-            while not message.there(_SHORT_S):
+            while not self._there(message):
                 if (alarm := board.alarm()) is not None:
                     raise PipelineError(alarm)
                 if time.monotonic() - started > pipeline.timeout_s:
@@ -202,6 +208,11 @@ class _Step(Generic[M]):
                     raise PipelineError(board.raise_alarm(f"rank {silent} stopped answering: {waiting}{end}"))
         finally:
             board.go_on()
+
+    def _there(self, message: Message) -> bool:
+        """Whether a message is there, after a short wait if need be."""
+        with self.pipeline.mesh.ledger.waiting():
+            return message.there(_SHORT_S)
 
 
 def _told(action: Action) -> str:
@@ -253,8 +264,7 @@ def _forward(step: _Step[Any], action: Action) -> None:
 def _backward(step: _Step[Any], action: Action) -> None:
     stage, _, microbatch = action
     gradient = step.take("output_gradient", action) if stage < step.schedule.stages - 1 else None
-    step.announce(action)
-    with step.span(action):
+    with step.announced(action), step.span(action):
         x, edge, one = step.saved.pop((stage, microbatch))
         if edge is not None:
             torch.autograd.backward((edge,), (one if gradient is None else gradient,))
@@ -269,8 +279,7 @@ def _backward_input(step: _Step[Any], action: Action) -> None:
 
 
 def _backward_weights(step: _Step[Any], action: Action) -> None:
-    step.announce(action)
-    with step.span(action):
+    with step.announced(action), step.span(action):
         settle(step.kept.pop((action.stage, action.microbatch)))
 
 

@@ -15,13 +15,14 @@ from typing import Any
 from parallel.errors import CheckpointError, ShardError
 from parallel.mesh import Layout
 from parallel.shard import Section, Shard
+from zero.spikes import Past
 
 __all__ = ["FORMAT", "FileEntry", "Manifest"]
 
 FORMAT = 3
 RANDOMNESS = "every random number is a function of the seed and of global indices; there is no state to restore"
 
-_NAME = re.compile(r"rank-\d{5,}\.safetensors")
+_NAME = re.compile(r"rank-\d{5,}(\.\d+)?\.safetensors")
 _PICKLED = (
     (".metadata", "a torch distributed checkpoint: its metadata is a pickle"),
     ("*.distcp", "a torch distributed checkpoint: its metadata is a pickle"),
@@ -71,7 +72,7 @@ class Manifest:
     """What a checkpoint holds.
 
     Attributes:
-        step: optimizer steps done; it is the position in the data as well, which is a function of the step.
+        step: optimizer steps done; the position in the data is a function of it and of what is passed over.
         tokens: labels learned from so far.
         layout: of the ranks that wrote it.
         zero_stage: at which they held their state.
@@ -79,6 +80,7 @@ class Manifest:
         shards: how every parameter is cut.
         files: of all ranks.
         about: the effective configuration, as nested values; the seed is in it.
+        past: of the steps before, what decides those to come.
     """
 
     step: int
@@ -89,6 +91,7 @@ class Manifest:
     shards: dict[str, Shard]
     files: tuple[FileEntry, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
+    past: Past = Past()
 
     def to_bytes(self) -> bytes:
         """The text of ``manifest.json``."""
@@ -97,6 +100,7 @@ class Manifest:
             "step": self.step,
             "tokens": self.tokens,
             "data_position": self.step,
+            "past": self.past._asdict(),
             "seed": self.about.get("seed"),
             "random_state": RANDOMNESS,
             "layout": dataclasses.asdict(self.layout),
@@ -162,6 +166,7 @@ class Manifest:
             shards=shards,
             files=files,
             about=data["config"],
+            past=_past(**data.get("past", {})),
         )
 
 
@@ -173,6 +178,10 @@ def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r}: must be a whole number")
     return value
+
+
+def _past(losses: Any = (), passed_over: Any = ()) -> Past:
+    return Past(tuple(map(float, losses)), tuple(map(_count, passed_over)))
 
 
 def _shard(entry: Mapping[str, Any]) -> Shard:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from parallel.errors import CheckpointError
@@ -16,13 +15,12 @@ from parallel.mesh import Place
 from parallel.shard import Box, Piece, Shard, count, overlap
 from zero.checkpoint.manifest import FileEntry, Manifest
 from zero.checkpoint.runs import Offsets, clip, shared_runs
+from zero.checkpoint.tensors import TensorFile
 from zero.fragment import Fragment
 
 __all__ = ["Checkpoint"]
 
 _OPEN = 64  # files at a time
-_CHUNK = 16 << 20  # elements of one read
-_MAPPED = 256 << 20  # bytes that are read before the files are let go: until then what was read stays in memory
 
 
 class _Move(NamedTuple):
@@ -55,8 +53,12 @@ class Checkpoint:
         for entry in self.files:
             for name, what, start, length in entry.fragments:
                 self._held.setdefault((name, what), []).append((entry, start, length))
-        self._open: dict[str, Any] = {}
-        self._let_go_at = _MAPPED
+        self._open: dict[str, TensorFile] = {}
+
+    @property
+    def tensors(self) -> Set[tuple[str, str]]:
+        """All that :meth:`read` has: (parameter, what)."""
+        return self._held.keys()
 
     @staticmethod
     def open(folder: Path) -> Checkpoint:
@@ -116,6 +118,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: has no parameter {name}")
         return self.read(name, what, tuple(slice(0, size) for size in self.shards[name].shape))
 
+    def kinds(self, name: str) -> Iterator[str]:
+        """What there is of a parameter: ``master``, and its optimizer state."""
+        return (what for parameter, what in self._held if parameter == name)
+
     def covers(self, fragment: Fragment, shard: Shard, place: Place) -> str:
         """Why a fragment cannot be filled, or an empty string; reads nothing."""
         pieces, shape, span = _target(fragment, shard, place)
@@ -147,6 +153,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files."""
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def _moves(
@@ -175,35 +183,18 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: the files hold {found} of {wanted} values of {name}|{what}")
 
     def _dtype(self, moves: Sequence[_Move]) -> torch.dtype:
-        return self._slice(moves[0])[0:0].dtype if moves else torch.float32
+        return self._file(moves[0].entry).dtype(moves[0].key) if moves else torch.float32
 
     def _copy(self, move: _Move, target: Tensor) -> None:
-        source = self._slice(move)
         runs = zip(move.source.tolist(), move.target.tolist(), move.lengths.tolist(), strict=True)
-        try:
-            for begin, into, length in runs:
-                for done in range(0, length, _CHUNK):
-                    size = min(_CHUNK, length - done)
-                    part = source[begin + done : begin + done + size]
-                    self.bytes_read += part.numel() * part.element_size()
-                    target[into + done : into + done + size] = part
-                    if self.bytes_read >= self._let_go_at:
-                        self.close()
-                        del part, source
-                        source, self._let_go_at = self._slice(move), self.bytes_read + _MAPPED
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{self.folder / move.entry.name}: {move.key}: {error}") from None
+        self.bytes_read += self._file(move.entry).read(move.key, target, runs)
 
-    def _slice(self, move: _Move) -> Any:
-        name = move.entry.name
-        try:
-            if name not in self._open:
-                if len(self._open) >= _OPEN:
-                    self._open.pop(next(iter(self._open)))
-                self._open[name] = safe_open(str(self.folder / name), framework="pt")
-            return self._open[name].get_slice(move.key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / name}: {error}") from None
+    def _file(self, entry: FileEntry) -> TensorFile:
+        if entry.name not in self._open:
+            if len(self._open) >= _OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[entry.name] = TensorFile(self.folder / entry.name)
+        return self._open[entry.name]
 
 
 def _target(fragment: Fragment, shard: Shard, place: Place) -> tuple[list[Piece], tuple[int, ...], tuple[int, int]]:

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from parallel import comm
 from parallel.errors import CheckpointError
 from parallel.mesh import Mesh
 from zero.checkpoint.publish import latest
 from zero.checkpoint.reader import Checkpoint
-from zero.optimizer import ZeroOptimizer
+from zero.engine import Optimizer
+from zero.fragment import Fragment
+from zero.residue import summands
 
 __all__ = ["Resumed", "load", "newest_whole", "resume"]
 
@@ -23,7 +27,7 @@ class Resumed(NamedTuple):
     passed_over: tuple[str, ...]
 
 
-def load(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer) -> Checkpoint:
+def load(folder: Path, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Fill the optimizer, and through it the model, from a checkpoint of any layout; every rank calls it.
 
     The ranks share the work of checking every file's SHA-256; of the tensors each reads what it holds.
@@ -35,7 +39,7 @@ def load(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer) -> Checkpoint:
     return _taken(_checked(folder, mesh), mesh, optimizer)
 
 
-def resume(folder: Path, mesh: Mesh, optimizer: ZeroOptimizer, *, fall_back: bool = False) -> Resumed | None:
+def resume(folder: Path, mesh: Mesh, optimizer: Optimizer, *, fall_back: bool = False) -> Resumed | None:
     """Load the latest checkpoint, if there is one; every rank calls it.
 
     Args:
@@ -88,7 +92,7 @@ def _checked(folder: Path, mesh: Mesh) -> Checkpoint:
     return opened[0]
 
 
-def _taken(checkpoint: Checkpoint, mesh: Mesh, optimizer: ZeroOptimizer) -> Checkpoint:
+def _taken(checkpoint: Checkpoint, mesh: Mesh, optimizer: Optimizer) -> Checkpoint:
     """Fill the optimizer, or refuse on every rank."""
     _refuse_everywhere(mesh, lambda: _mismatches(checkpoint, optimizer))
     optimizer.prepare()
@@ -98,7 +102,7 @@ def _taken(checkpoint: Checkpoint, mesh: Mesh, optimizer: ZeroOptimizer) -> Chec
     return checkpoint
 
 
-def _mismatches(checkpoint: Checkpoint, optimizer: ZeroOptimizer) -> Iterator[str]:
+def _mismatches(checkpoint: Checkpoint, optimizer: Optimizer) -> Iterator[str]:
     """Why the checkpoint does not fit the model and the optimizer."""
     buckets = optimizer.buckets
     ours = {name: shard.shape for name, shard in buckets.shards.items()}
@@ -109,17 +113,31 @@ def _mismatches(checkpoint: Checkpoint, optimizer: ZeroOptimizer) -> Iterator[st
             yield f"{checkpoint.folder}: {name} is {theirs.get(name, 'absent')}, the model has {ours.get(name, 'none')}"
     for fragment in optimizer.state():
         name = fragment.parameter
-        fits = ours[name] == theirs.get(name)
-        if fits and (problem := checkpoint.covers(fragment, buckets.shards[name], optimizer.mesh.place)):
-            yield problem
+        for part in _parts(checkpoint, fragment) if ours[name] == theirs.get(name) else ():
+            if problem := checkpoint.covers(part, buckets.shards[name], optimizer.mesh.place):
+                yield problem
     for name in sorted(optimizer.scalars().keys() - checkpoint.scalars.keys()):
         yield f"{checkpoint.folder}: has no {name}"
 
 
-def _fill(checkpoint: Checkpoint, mesh: Mesh, optimizer: ZeroOptimizer) -> Iterator[str]:
+def _fill(checkpoint: Checkpoint, mesh: Mesh, optimizer: Optimizer) -> Iterator[str]:
     for fragment in optimizer.state():
-        checkpoint.fill(fragment, optimizer.buckets.shards[fragment.parameter], mesh.place)
+        parts, shard = _parts(checkpoint, fragment), optimizer.buckets.shards[fragment.parameter]
+        if parts and parts[0] is fragment:
+            checkpoint.fill(fragment, shard, mesh.place)
+            continue
+        fragment.values.zero_()
+        for part in parts:
+            summand = part._replace(values=torch.empty_like(fragment.values))
+            checkpoint.fill(summand, shard, mesh.place)
+            fragment.values.add_(summand.values)
     yield from ()
+
+
+def _parts(checkpoint: Checkpoint, fragment: Fragment) -> list[Fragment]:
+    """What of a checkpoint a fragment is the sum of."""
+    names = summands(fragment.what, checkpoint.kinds(fragment.parameter))
+    return [fragment if name == fragment.what else fragment._replace(what=name) for name in names]
 
 
 def _refuse_everywhere(mesh: Mesh, check: Callable[[], Iterable[str]]) -> None:

@@ -1,11 +1,13 @@
 """Saving: every rank writes what it holds, all agree that it is on the disk, rank 0 publishes it.
 
-In the background the same happens behind the training, from a snapshot: a thread of each rank writes, and the ranks
-agree between two steps, where :meth:`Saver.poll` is called, since no thread may use a group that training uses.
+In the background the same happens behind the training: threads of each rank copy and write, and the ranks agree between
+two steps, where :meth:`Saver.poll` is called, since no thread may use a group that training uses. The state is copied
+while forward and backward only read it; the optimizer waits for what is left of that before it changes anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,25 +15,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from parallel import comm
 from parallel.errors import SaveError
 from parallel.mesh import Mesh
+from zero.checkpoint.buffers import Buffers
+from zero.checkpoint.image import Image, divided
 from zero.checkpoint.manifest import FileEntry, Manifest
 from zero.checkpoint.publish import Publication
-from zero.checkpoint.writer import write_fragments
+from zero.checkpoint.writer import write_images
+from zero.engine import Optimizer
 from zero.faults import Injector
 from zero.fragment import Fragment
-from zero.optimizer import ZeroOptimizer
+from zero.spikes import Past
 
 __all__ = ["Saver", "save"]
+
+_FILES = 4  # of a rank at most: one thread hashes a file, and a disk may be faster than that
+_LEAST = 256 << 20  # bytes of a file, where a rank has several
 
 
 def save(
     folder: Path,
     mesh: Mesh,
-    optimizer: ZeroOptimizer,
+    optimizer: Optimizer,
     *,
     step: int,
     tokens: int,
@@ -76,7 +83,7 @@ class Saver:
         self,
         folder: Path,
         mesh: Mesh,
-        optimizer: ZeroOptimizer,
+        optimizer: Optimizer,
         *,
         keep: int,
         about: Mapping[str, Any] | None = None,
@@ -89,16 +96,20 @@ class Saver:
         self._flight: _Flight | None = None
         self._lost = False
         self._own: frozenset[tuple[str, str, int]] | None = None
-        self._snapshots: dict[str, Tensor] = {}
+        self._buffers = Buffers(pinned=mesh.device.type == "cuda")
+        self._stream: Any = None
 
-    def save(self, *, step: int, tokens: int, background: bool = False) -> None:
+    def save(self, *, step: int, tokens: int, past: Past | None = None, background: bool = False) -> None:
         """Save the state as it is now.
 
         Args:
             step: steps done.
             tokens: labels learned from so far.
-            background: return as soon as a copy of the state is in memory. The first save after one that failed is not
-                in the background, whatever is asked.
+            past: of the steps before.
+            background: return at once, and copy and write behind the training. What is saved is the state at the call:
+                the next :meth:`~zero.optimizer.ZeroOptimizer.step` waits until it is copied. Who changes the state by
+                other means calls :meth:`~zero.optimizer.ZeroOptimizer.settle` first. The first save after one that
+                failed is not in the background, whatever is asked.
 
         Raises:
             SaveError: some rank could not save; or, after this save was done, that the one before it, in the
@@ -111,12 +122,15 @@ class Saver:
             before = error
         background, self._lost = background and not self._lost, False
         publication = Publication(self.folder, step, self.faults)
-        self._flight = _Flight(publication, tokens, _Task(publication.begin if self.mesh.rank == 0 else _nothing))
+        begin = _Task(publication.begin if self.mesh.rank == 0 else _nothing)
+        self._flight = _Flight(publication, tokens, past or Past(), begin)
         self._agree(self._flight)
         own = self._held()
         entry = self._entry(own)
-        task = _Task(lambda: self._snapshot(own)) if background else None
-        self._flight.task = _Task(lambda: self._write(publication, entry, own, task), background)
+        behind = self._read_behind() if background else None
+        self._flight.task = _Task(lambda: self._write(publication, entry, own, behind), background)
+        if behind is not None:
+            self.optimizer.read_behind(behind.over.wait)
         self._flight.background = background
         if not background:
             self.close()
@@ -202,47 +216,82 @@ class Saver:
         scalars = {k: v for k, v in self.optimizer.scalars().items() if k.rpartition("|")[0] in names}
         speaks = self.mesh.tp.rank == self.mesh.data.rank == 0
         shards = self.optimizer.buckets.shards if speaks else {}
-        return {"scalars": scalars, "shards": Manifest.table(shards)}
+        return {"scalars": scalars, "shards": Manifest.table(shards), "files": []}
 
-    def _snapshot(self, own: list[Fragment]) -> list[Fragment]:
-        """Copies on the CPU, in memory that is kept for the next time; pinned where they come from a GPU."""
-        copies = []
-        for fragment in own:
-            values, there = fragment.values.detach(), self._snapshots.get(fragment.key)
-            if there is None or there.dtype != values.dtype or there.shape != values.shape:
-                there = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-                self._snapshots[fragment.key] = there
-            copies.append(fragment._replace(values=there.copy_(values, non_blocking=True)))
+    def _read_behind(self) -> _Reading:
+        """What is computed on a GPU up to here is what is copied beside all that follows."""
         if self.mesh.device.type == "cuda":
-            torch.cuda.current_stream(self.mesh.device).synchronize()
-        return copies
+            self._stream = self._stream or torch.cuda.Stream(self.mesh.device)
+            self._stream.wait_stream(torch.cuda.current_stream(self.mesh.device))
+        return _Reading(self.optimizer.changes)
 
     def _write(
-        self, publication: Publication, entry: dict[str, Any], own: list[Fragment], snapshot: _Task | None
+        self, publication: Publication, entry: dict[str, Any], own: list[Fragment], behind: _Reading | None
     ) -> dict[str, Any]:
-        """Write the file of this rank."""
-        if snapshot is not None:
-            if snapshot.cause is not None:
-                raise snapshot.cause
-            own = snapshot.result
-        if own:
-            name = f"rank-{self.mesh.rank:05d}.safetensors"
-            held = tuple((f.parameter, f.what, f.start, f.values.numel()) for f in own)
-            written = write_fragments(publication.draft / name, own, self.faults, publication.step)
-            entry["file"] = {"name": name, "rank": self.mesh.rank, "fragments": held, **written}
+        """Write the files of this rank."""
+        with behind or contextlib.nullcontext(), self._beside(behind):
+            size = sum(f.values.numel() * f.values.element_size() for f in own)
+            parts = list(divided(own, max(1, min(_FILES, size // _LEAST)))) if own else []
+            names = [f"rank-{self.mesh.rank:05d}{f'.{part}' if part else ''}.safetensors" for part in range(len(parts))]
+            images = [(publication.draft / name, Image(part)) for name, part in zip(names, parts, strict=True)]
+            check = behind.check if behind is not None else None
+            written = write_images(images, self._buffers, self.faults, publication.step, check) if images else []
+        for name, part, file in zip(names, parts, written, strict=True):
+            held = tuple((f.parameter, f.what, f.start, f.values.numel()) for f in part)
+            entry["files"].append({"name": name, "rank": self.mesh.rank, "fragments": held, **file._asdict()})
         return entry
+
+    def _beside(self, behind: _Reading | None) -> contextlib.AbstractContextManager[Any]:
+        """Where copies from a GPU go on beside what the training has it compute."""
+        return contextlib.nullcontext() if behind is None or self._stream is None else torch.cuda.stream(self._stream)
 
     def _manifest(self, flight: _Flight, reports: list[dict[str, Any]]) -> Manifest:
         return Manifest(
             step=flight.publication.step,
             tokens=flight.tokens,
             layout=self.mesh.layout,
-            zero_stage=int(getattr(self.optimizer, "stage", 0)),
+            zero_stage=self.optimizer.stage,
             scalars={name: value for report in reports for name, value in report["scalars"].items()},
             shards={name: shard for report in reports for name, shard in Manifest.shards_of(report["shards"]).items()},
-            files=tuple(FileEntry.parse(report["file"]) for report in reports if "file" in report),
+            files=tuple(FileEntry.parse(file) for report in reports for file in report["files"]),
             about=self.about,
+            past=flight.past,
         )
+
+
+class _Reading:
+    """State that is being copied while training goes on.
+
+    Args:
+        changes: counts those of what must not change meanwhile.
+
+    Attributes:
+        over: the state is not read any more.
+    """
+
+    def __init__(self, changes: Callable[[], int]) -> None:
+        self.over = threading.Event()
+        self._changes, self._before = changes, changes()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *raised: object) -> None:
+        self.over.set()
+
+    def check(self) -> None:
+        """It is all copied.
+
+        Raises:
+            RuntimeError: it was changed meanwhile.
+        """
+        changed = self._changes() != self._before
+        self.over.set()
+        if changed:
+            raise RuntimeError(
+                "weights or optimizer state were changed while they were being copied, and not by ZeroOptimizer.step; "
+                "call ZeroOptimizer.settle before such a change"
+            )
 
 
 class _Task:
@@ -283,6 +332,7 @@ class _Flight:
 
     publication: Publication
     tokens: int
+    past: Past
     task: _Task
     background: bool = False
     publishing: bool = False
