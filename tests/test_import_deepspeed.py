@@ -57,6 +57,8 @@ def optimizer_state(vectors: list[Tensor], stage: int, ranks: int, paddings: lis
         for index, vector in enumerate(vectors)
     }
     if stage == 3:
+        for index, vector in enumerate(vectors):
+            vector.ds_id = str(index)  # DeepSpeed marks them, and torch then writes them in another way
         state = {"fp32_flat_groups": vectors, "optimizer_state_dict": {"state": moments}, "partition_count": ranks}
     else:
         state = {"single_partition_of_fp32_groups": vectors, "base_optimizer_state": {"state": moments}}
@@ -124,6 +126,16 @@ def test_no_bomb_goes_off(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'x' is 'builtins\.exec\(\.\.\.\)', which is not there"):
         open_foreign(folder)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_vector_of_the_length_of_a_parameter_is_not_that_parameter(tmp_path: Path, stage: int, ranks: int) -> None:
+    torch.manual_seed(0)
+    tensors = {"a.weight": torch.randn(7, 5), "a.bias": torch.randn(7), "norm": torch.randn(5)}  # at 3, 4 + 3 values
+    source = open_foreign(deepspeed_folder(tmp_path / "ds", tensors, stage, ranks))
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(source.read(name, "exp_avg"), 2 * tensor) for name, tensor in tensors.items())
 
 
 def test_paddings_between_parameters(tmp_path: Path) -> None:

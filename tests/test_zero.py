@@ -15,6 +15,7 @@ from parallel.models.decoder import build_model
 from parallel.pp import PipelineConfig
 from parallel.shard import gather_whole
 from tests.test_trainer import CONFIG, batches
+from zero.buckets import _square
 from zero.optimizer import OptimizerConfig, ZeroConfig, ZeroOptimizer
 from zero.trainer import Trainer
 
@@ -167,3 +168,9 @@ def test_memory_is_as_published(ranks: Any, stage: int) -> None:
     for bytes_, parameters, bucket in ranks.run(held, world=4, stage=stage):
         expected = parameters * (cut(2, 3) + cut(4, 2) + cut(12, 1))
         assert abs(bytes_ - expected) <= 0.03 * expected + (bucket if stage < 3 else 0)
+
+
+def test_the_norm_of_a_long_vector_is_not_rounded_away() -> None:
+    values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    assert abs(float(_square(values)) / float(values.double().square().sum()) - 1) < 1e-6
+    assert abs(float(values.norm()) ** 2 / float(values.double().square().sum()) - 1) > 1e-5, "torch sums better now"

@@ -194,8 +194,8 @@ def _absent(folder: Path) -> str:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         return (
-            f"{folder}: has no {SINGLE}; {pickled[0]} is a pickle, which can run code when it is read: convert it "
-            "to safetensors first"
+            f"{folder}: has no {SINGLE}; {pickled[0]} is a pickle, which can run code when it is read; "
+            "`lockstep import` reads it without that"
         )
     return f"{folder}: has neither {SINGLE} nor {INDEX}"
 

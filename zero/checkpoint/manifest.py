@@ -30,7 +30,7 @@ _PICKLED = (
     ("global_step*", "a folder of DeepSpeed checkpoints: their files are pickles"),
     ("*.pt", "a folder of pickles"),
 )
-_INSTEAD = "which can run any code when read, and is not; convert it to safetensors and start from that with --init"
+_INSTEAD = "which can run any code when read, and is not; `lockstep import` makes a model folder of it, for --init"
 
 
 @dataclass(frozen=True, slots=True)

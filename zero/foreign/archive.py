@@ -35,6 +35,9 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
+_PARAMETERS = {"torch._utils._rebuild_parameter": 3, "torch._utils._rebuild_parameter_with_state": 4}
+_REBUILT = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", *_PARAMETERS)
+_PLAIN = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 _CHUNK = 8 << 20  # bytes read at a time
 _HEADER = struct.Struct("<4s22xHH")  # of an entry: mark, lengths of its name and of what is extra
 
@@ -265,8 +268,12 @@ def made(path: str, arguments: Any) -> Any:
         return Table()
     if path == "torch.Size" and len(given) == 1:
         return whole_numbers(given[0])
-    if path == "torch._utils._rebuild_parameter" and len(given) == 3:
+    if path in _PARAMETERS and len(given) == _PARAMETERS[path]:
         return given[0] if isinstance(given[0], TensorRecord) else None
+    if path == "torch._tensor._rebuild_from_type_v2" and len(given) == 4:  # a tensor with attributes, which are left
+        inner, kind = given[0], given[1]
+        plain = isinstance(kind, Symbol) and kind.path in _PLAIN
+        return made(inner.path, given[2]) if plain and isinstance(inner, Symbol) and inner.path in _REBUILT else None
     if path == "torch._utils._rebuild_tensor_v2" and len(given) in (6, 7):
         return _tensor(given, None)
     if path == "torch._utils._rebuild_tensor_v3" and len(given) in (7, 8):

@@ -66,7 +66,7 @@ class DeepSpeedCheckpoint(Foreign):
         if parts is None:
             raise CheckpointError(f"{self.path}: has no {name}{'' if what == 'master' else f'|{what}'}")
         shape, first = self.entries[name].shape, parts[0]
-        if first.record.shape == shape:
+        if len(parts) == 1 and first.length == first.record.count and first.record.shape == shape:
             return first.archive.read(first.record)
         values = torch.empty(math.prod(shape), dtype=first.record.dtype)
         filled = 0
