@@ -40,6 +40,13 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "plan": ["plan.py", "--steps", str(max(2, steps)), "--warmup", str(warmup)],
         "zero_bubble": ["zero_bubble.py", *short],
         "train_zero": ["train_zero.py", *short],
+        "gathers": ["gathers.py", *short],
+        "zero_memory": ["zero_memory.py"],
+        "checkpoints": ["checkpoints.py", "--repeat", "3"],
+        "scheduler": ["scheduler.py"],
+        "attention": ["attention.py"],
+        "sampling": ["sampling.py"],
+        "serving": ["serving.py", "--rounds", str(steps)],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ from zero.checkpoint.saver import Saver
 from zero.faults import InjectedFault, Injector
 from zero.run import RunFolder
 from zero.trainer import Trainer, TrainerConfig
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() <= before
 
 
 class Gate(Injector):
@@ -56,7 +63,6 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
     gate.opened.set()
     saver.close()
     assert saver.durable == 1
-    assert threading.active_count() == 1
     read = load_file(tmp_path / "c" / "step-00000001" / "rank-00000.safetensors")
     assert read.keys() == expected.keys()
     assert all(torch.equal(read[key], value) for key, value in expected.items())
@@ -273,7 +279,7 @@ def test_saving_behind_the_training_of_several_ranks(ranks: Ranks, tmp_path: Pat
         assert steps == ["latest", *(f"step-{step:08d}" for step in (1, 2, 4, 5))]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         failed = {line["step"]: line["save_failed"] for line in lines if "save_failed" in line}
-        assert [*failed] == [4] and "No space left" in failed[4]
+        assert [*failed] in ([4], [5]) and "No space left" in next(iter(failed.values()))
         saved = checkpoint.Checkpoint.open(folder / "checkpoints" / "step-00000002")
         assert not any(saved.problems())
         values.append({name: saved.whole(name, "exp_avg") for name in saved.shards})

@@ -30,6 +30,13 @@ from zero.fragment import Fragment
 PAGE = 4096
 
 
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() <= before
+
+
 def fragments(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Fragment]:
     generator = torch.Generator().manual_seed(3)
     return [Fragment(f"p{i}", "master", 3, torch.randn(n, generator=generator).to(dtype)) for i, n in enumerate(sizes)]
@@ -82,7 +89,6 @@ def test_many_chunks_of_many_files_at_once(tmp_path: Path, small_chunks: int, re
     assert len(memory._free) <= 4 * len(parts), "four chunks a file, kept for the next time"
     assert len({chunk.data_ptr() for chunk in memory._free}) == len(memory._free)
     assert all(chunk.data_ptr() % PAGE == 0 for chunk in memory._free)
-    assert threading.active_count() == 1
 
 
 def test_behind_the_training_all_is_copied_before_anything_need_be_written(tmp_path: Path, small_chunks: int) -> None:
@@ -104,7 +110,9 @@ def test_behind_the_training_all_is_copied_before_anything_need_be_written(tmp_p
     gate.set()
     worker.join(20)
     assert torch.equal(load_file(tmp_path / "x")["p0|master|3"], expected)
-    assert len(memory._free) == -(-image.bytes // small_chunks)
+    assert len(memory._free) in (most := -(-image.bytes // small_chunks), most - 1), (
+        "one may be written before the gate"
+    )
 
 
 def refusing(number: int, when: Callable[[int], bool], call: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +149,6 @@ def test_a_disk_that_fails_on_the_way_is_told_and_nothing_hangs(
     copied: list[int] = []
     with pytest.raises(OSError, match="No space left"):
         write_images(images, memory, Injector(), 1, (lambda: copied.append(1)) if behind else None)
-    assert threading.active_count() == 1
     taken = len(memory._free)
     assert len({chunk.data_ptr() for chunk in memory._free}) == taken > 0
 

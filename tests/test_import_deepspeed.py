@@ -123,7 +123,7 @@ def test_no_bomb_goes_off(tmp_path: Path) -> None:
     folder = deepspeed_folder(tmp_path / "ds", tensors, 3, 2, lr_scheduler=bomb, ds_config={"x": bomb})
     same(imported(folder, config, tmp_path / "out"), tensors)
     folder = deepspeed_folder(tmp_path / "no", tensors, 3, 2, shared_params={"x": bomb})
-    with pytest.raises(CheckpointError, match=r"'x' is 'builtins\.exec\(\.\.\.\)', which is not there"):
+    with pytest.raises(CheckpointError, match=r"'x' is '\w+\.exec\(\.\.\.\)', which is not there"):
         open_foreign(folder)
     assert not (tmp_path / "canary").exists()
 

@@ -160,6 +160,6 @@ def test_no_bomb_goes_off(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
         imported(tmp_path / "y.pt", config, tmp_path / "no")
     torch.save(bomb, tmp_path / "z.pt")
-    with pytest.raises(CheckpointError, match=r"z\.pt: holds 'builtins\.exec\(\.\.\.\)', not a dictionary"):
+    with pytest.raises(CheckpointError, match=r"z\.pt: holds '\w+\.exec\(\.\.\.\)', not a dictionary"):
         imported(tmp_path / "z.pt", config, tmp_path / "no")
     assert not (tmp_path / "canary").exists() and not (tmp_path / "no").exists()
