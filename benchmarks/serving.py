@@ -6,7 +6,8 @@ The 32M-parameter Llama with random weights continues 32 prompts of 16 to 200 to
 all, greedily and without an end. The peers: ``generate_batch`` as it comes and with the settings that were the best
 here (pages of 32 tokens, no prefix sharing, no asynchronous batching), one left-padded ``generate`` for all up to the
 longest request, and ``generate`` one request at a time. All run in this process, in turn, each once to warm up; tokens
-beyond what a request asked for do not count. Managers of ``generate_batch`` are started before the clock.
+beyond what a request asked for do not count. Managers of ``generate_batch`` are started before the clock, with a cache
+that holds all requests: by themselves they take nearly all memory.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import workload
 from report import Claim, add_report_options, finish, table
 
 from infer import LLM, EngineConfig, SamplingParams
+from infer.cache import CacheConfig
 from infer.policy import SchedulerConfig
 from parallel.hf import save_model
 from parallel.mesh import Mesh
@@ -41,7 +43,13 @@ TARGETS = {
     "generate, padded": 4.0,
     "generate, one by one": 15.0,
 }
-BEST = {"page_size": 32, "allow_block_sharing": False, "use_async_batching": False, "max_batch_tokens": 512}
+BEST = {
+    "page_size": 32,
+    "allow_block_sharing": False,
+    "use_async_batching": False,
+    "max_batch_tokens": 512,
+    "num_blocks": 512,
+}
 
 Contender = Callable[[], list[list[int]]]
 
@@ -62,7 +70,11 @@ def requests() -> tuple[list[list[int]], list[int]]:
 def ours(folder: Path, dtype: torch.dtype) -> Contender:
     """Our engine."""
     prompts, lengths = requests()
-    llm = LLM(folder, dtype=dtype, config=EngineConfig(scheduler=SchedulerConfig(prefix_cache=False)))
+    llm = LLM(
+        folder,
+        dtype=dtype,
+        config=EngineConfig(cache=CacheConfig(memory_gib=0.5), scheduler=SchedulerConfig(prefix_cache=False)),
+    )
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
     return lambda: [list(completion.tokens) for completion in llm.generate(prompts, params)]
 
@@ -134,21 +146,22 @@ def agreement(got: list[list[int]], expected: list[list[int]]) -> float:
     return same / TOTAL
 
 
-def race(folder: Path, precision: str, rounds: int) -> tuple[list[Claim], list[dict[str, Any]]]:
+def race(folder: Path, precision: str, rounds: int, batching: bool) -> tuple[list[Claim], list[dict[str, Any]]]:
     """All contenders in turn."""
     from transformers import AutoModelForCausalLM
 
     dtype = workload.DTYPES[precision]
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()  # noqa: E731
     model = load()
+    peers: dict[str, Callable[[contextlib.ExitStack], Contender]] = {
+        "generate_batch": lambda stack: stack.enter_context(batched(load(), num_blocks=128)),
+        "generate_batch, best settings": lambda stack: stack.enter_context(batched(load(), **BEST)),
+        "generate, padded": lambda _: padded(model),
+        "generate, one by one": lambda _: one_by_one(model),
+    }
     with contextlib.ExitStack() as stack:
-        entrants = {
-            "ours": ours(folder, dtype),
-            "generate_batch": stack.enter_context(batched(load())),
-            "generate_batch, best settings": stack.enter_context(batched(load(), **BEST)),
-            "generate, padded": padded(model),
-            "generate, one by one": one_by_one(model),
-        }
+        entrants = {"ours": ours(folder, dtype)}
+        entrants |= {name: make(stack) for name, make in peers.items() if batching or "batch" not in name}
         texts = {name: run() for name, run in entrants.items()}
         seconds: dict[str, list[float]] = {name: [] for name in entrants}
         for _ in range(rounds):
@@ -179,6 +192,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="fp32,bf16", help="fp32, bf16 or both")
+    parser.add_argument("--without-batching", action="store_true", help="leave generate_batch out")
     add_report_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -189,7 +203,7 @@ def main() -> int:
         mesh = Mesh.single()
         save_model(build_model(workload.CONFIG, Build(mesh=mesh), workload.WEIGHT_SEED), mesh, Path(name))
         for precision in args.precision.split(","):
-            found, more = race(Path(name), precision, args.rounds)
+            found, more = race(Path(name), precision, args.rounds, not args.without_batching)
             claims += found
             details += more
     return finish(args, claims, details)
