@@ -39,15 +39,17 @@ Traffic = Counter[tuple[str, str]]
 """Payload bytes by (operation, axis)."""
 
 
-def step(layout: Layout, layers: int, precision: str) -> tuple[Ledger, int]:
-    """The ledger of one Trainer.step of rank 0, and the number of its parameters."""
+def step(layout: Layout, layers: int, precision: str) -> tuple[Ledger, int, int]:
+    """The ledger of one Trainer.step of rank 0, the number of its parameters, and of their buckets."""
     mesh = Mesh.fake(layout, 0)
     model = build_model(workload.config(layers), Build(mesh=mesh, dtype=workload.DTYPES[precision]))
-    trainer = Trainer(model, ZeroOptimizer(model, mesh), mesh, steps=2)
+    optimizer = ZeroOptimizer(model, mesh)
+    trainer = Trainer(model, optimizer, mesh, steps=2)
     tokens_BS = workload.documents(*TOKENS_SHAPE).chunk(layout.dp)[0]
     mesh.ledger.reset()
     trainer.step([workload.batch(tokens_BS)])
-    return mesh.ledger, sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return mesh.ledger, parameters, len(optimizer.buckets.buckets)
 
 
 def axes(layout: Layout) -> list[str]:
@@ -104,7 +106,7 @@ def rest_formula(layout: Layout, precision: str) -> Traffic:
 def tensor_parallel(tp: int, sequence: bool, precision: str, places: bool) -> list[dict[str, Any]]:
     """One row for a layer and one for what is outside the layers."""
     layout = Layout(tp=tp, sequence_parallel=sequence)
-    (one, _), (two, _) = step(layout, 1, precision), step(layout, 2, precision)
+    (one, *_), (two, *_) = step(layout, 1, precision), step(layout, 2, precision)
     if places:
         print(f"\n{precision} tp={tp} sequence_parallel={sequence}, one layer\n{one.table()}\n")
     layer = Counter(payload(two, layout))
@@ -122,10 +124,10 @@ def tensor_parallel(tp: int, sequence: bool, precision: str, places: bool) -> li
 def data_parallel(dp: int, precision: str, places: bool) -> dict[str, Any]:
     """One row for all gradients of a step."""
     layout = Layout(dp=dp)
-    ledger, parameters = step(layout, 2, precision)
+    ledger, parameters, buckets = step(layout, 2, precision)
     if places:
         print(f"\n{precision} dp={dp}, two layers\n{ledger.table()}\n")
-    scalars = 8 + 8
+    scalars = 8 + 8 + buckets  # labels, loss, and a byte a bucket that says whether any of its gradients are late
     expected: Traffic = Counter({("all_reduce", "data"): 4 * parameters + scalars})
     return _row(f"{precision} dp={dp}: a step", payload(ledger, layout), expected, ledger.sent())
 
