@@ -290,7 +290,7 @@ BAD_FOLDERS: dict[str, tuple[Change, list[str]]] = {
         ["model-00002-of-", "not a whole safetensors file"],
     ),
     "huge header": (change_file(lambda b: struct.pack("<Q", 1 << 62) + b[8:]), ["not a whole safetensors file"]),
-    "only pickles": (only_pickles, ["pytorch_model.bin is a pickle", "convert"]),
+    "only pickles": (only_pickles, ["pytorch_model.bin is a pickle", "lockstep import"]),
     "no weights": (no_weights, ["has neither model.safetensors nor"]),
     "index without map": (change_file(lambda b: b"{}", "model.safetensors.index.json"), ["has no weight_map"]),
     "index is not JSON": (change_file(lambda b: b[:40], "model.safetensors.index.json"), ["index.json: "]),
