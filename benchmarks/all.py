@@ -46,6 +46,7 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "scheduler": ["scheduler.py"],
         "attention": ["attention.py"],
         "sampling": ["sampling.py"],
+        "prefix": ["prefix.py", "--rounds", str(max(3, steps))],
         "serving": ["serving.py", "--rounds", str(steps)],
     }
 

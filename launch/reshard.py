@@ -68,6 +68,7 @@ def _reshard(recipe: Recipe, source: Path, target: Path, mesh: Mesh) -> int:
         read = checkpoint.load(opened(source).folder, mesh, optimizer)
         saver = checkpoint.Saver(folder.checkpoints, mesh, optimizer, keep=recipe.trainer.keep, about=to_table(recipe))
         saver.save(step=read.step, tokens=read.tokens, past=read.manifest.past)
+        saver.close()
     finally:
         folder.release()
     if mesh.rank == 0:

@@ -24,7 +24,7 @@ WINGS = {
 }
 FLOORS = [
     {"errors", "config", "registry"},
-    {"mesh", "ledger", "comm", "transport", "shard", "reshard", "rng", "tokenizer", "deferral", "holders"},
+    {"mesh", "native", "ledger", "comm", "transport", "shard", "reshard", "rng", "tokenizer", "deferral", "holders"},
     {"kernels"},
     {"tp", "sp", "pp", "ep"},
     {"models"},

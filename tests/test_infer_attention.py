@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from infer.attention import BACKENDS, Backend, Pages, choose
-from infer.attention.compile import CompileError, compiled
 from infer.attention.cpu import CpuAttention
 from infer.attention.quantize import LARGEST, dequantize, quantize
 from infer.batch import StepBatch
 from parallel.errors import ConfigError
+from parallel.native import CompileError, compiled
 
 CPU = torch.device("cpu")
 NAMES = [name for name in BACKENDS if BACKENDS[name]().refusal(CPU, torch.float32) is None]
@@ -344,7 +344,7 @@ def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Path) -> Non
 
 
 def test_it_runs_without_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("infer.attention.compile._shares_openmp", lambda: False)
+    monkeypatch.setattr("parallel.native._shares_openmp", lambda: False)
     case = make(MIXED, dtype=torch.bfloat16)
     want = case.attend(CpuAttention())
     compiled.cache_clear()
@@ -375,4 +375,4 @@ def test_unknown_names_and_devices_are_refused() -> None:
     assert "for the CPU" in str(CpuAttention().refusal(torch.device("meta"), torch.float32))
     assert "float16" in str(CpuAttention().refusal(CPU, torch.float16))
     with pytest.raises(CompileError):
-        compiled(compilers=("no-such-compiler",))
+        compiled(Path(__file__), compilers=("no-such-compiler",))

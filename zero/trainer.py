@@ -259,6 +259,7 @@ class Trainer:
             self._attempt(self._saver.close)
             if self.done not in (begun_at, self._saver.durable):
                 self.save()
+            self._saver.close()
 
     def run(self) -> bool:
         """Train from where the run stands to its end; False if it was asked to stop before.

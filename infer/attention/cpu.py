@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from infer.attention import Pages
-from infer.attention.compile import COMPILERS, CompileError, compiled
 from infer.batch import StepBatch
+from parallel.native import COMPILERS, CompileError, compiled
 
 __all__ = ["CpuAttention"]
 
+_SOURCE = Path(__file__).with_name("paged.c")
+_FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
+_WIDE = "-DWIDE"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _POINTERS = (
     *("q", "k", "v", "out", "keys", "values", "key_scales", "value_scales"),
@@ -67,7 +70,8 @@ class CpuAttention:
     def _entry(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
         wide = dtype == torch.float64
         if wide not in self._entries:
-            library = compiled(wide=wide, folder=self._folder, compilers=self._compilers)
+            attempts = tuple((*flags, _WIDE) if wide else flags for flags in _FLAGS)
+            library = compiled(_SOURCE, attempts, folder=self._folder, compilers=self._compilers)
             self._entries[wide] = library.paged_attention
         return self._entries[wide]
 

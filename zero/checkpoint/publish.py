@@ -5,7 +5,7 @@
     DRAFT    .step-00000100.tmp, files being written       -> NAMED, ABANDONED
     NAMED    step-00000100, durable; latest is older       -> LATEST, ABANDONED
     LATEST   ``latest`` names it, durably                  -> DONE
-    DONE     older ones beyond ``keep`` are gone
+    DONE     older ones beyond ``keep`` have no name of a checkpoint
     ABANDONED  the draft is gone, ``latest`` is as it was
 
 Whatever kills the process, and wherever, ``latest`` names a whole checkpoint; the leftovers of a dead process
@@ -67,6 +67,7 @@ class Publication:
         self.final = folder / name_of(step)
         self.draft = folder / f".{self.final.name}.tmp"
         self.state = State.DRAFT
+        self._gone: list[Path] = []
 
     def begin(self) -> None:
         """Sweep up after dead processes, and make the folder of the draft.
@@ -80,7 +81,9 @@ class Publication:
         self.draft.mkdir(parents=True)
 
     def publish(self, manifest: bytes, keep: int) -> None:
-        """Complete the draft, whose other files are durable already, make it the latest, and remove older ones.
+        """Complete the draft, whose other files are durable already, make it the latest, and take older ones out.
+
+        :meth:`sweep` removes those.
 
         Args:
             manifest: text of ``manifest.json``.
@@ -135,14 +138,19 @@ class Publication:
         older = [path for path in there if path.name < self.final.name]
         newer = [path for path in there if path.name > self.final.name]
         self._at("save.prune")
-        for old in self.folder.glob(".step-*.old"):
-            shutil.rmtree(old, ignore_errors=True)
+        self._gone += self.folder.glob(".step-*.old")
         for path in older[: max(0, len(older) - keep + 1)] + newer:
             gone = path.with_name(f".{path.name}.gone")
             os.rename(path, gone)  # at once: a folder that is half removed never bears the name of a whole one
+            self._gone.append(gone)
+        if self._gone:
             self._at("save.prune.remove")
-            shutil.rmtree(gone, ignore_errors=True)
         self._move(State.DONE)
+
+    def sweep(self) -> None:
+        """Remove what was taken out, for which a disk may need as long as for a good part of the save."""
+        for gone in self._gone:
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _move(self, state: State) -> None:
         assert state in MOVES[self.state], f"{self.state} -> {state}"

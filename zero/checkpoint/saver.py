@@ -61,6 +61,7 @@ def save(
     """
     saver = Saver(folder, mesh, optimizer, keep=keep, about=about)
     saver.save(step=step, tokens=tokens)
+    saver.close()
     return folder / f"step-{step:08d}"
 
 
@@ -94,6 +95,7 @@ class Saver:
         self.faults = Injector() if faults is None else faults
         self.durable = -1
         self._flight: _Flight | None = None
+        self._sweep = _Task(_nothing)
         self._lost = False
         self._own: frozenset[tuple[str, str, int]] | None = None
         self._buffers = Buffers(pinned=mesh.device.type == "cuda")
@@ -117,7 +119,7 @@ class Saver:
         """
         before: SaveError | None = None
         try:
-            self.close()
+            self.close()  # with the room that an old checkpoint takes
         except SaveError as error:
             before = error
         background, self._lost = background and not self._lost, False
@@ -133,7 +135,7 @@ class Saver:
             self.optimizer.read_behind(behind.over.wait)
         self._flight.background = background
         if not background:
-            self.close()
+            self._finish()
         if before is not None:
             raise before
 
@@ -147,11 +149,15 @@ class Saver:
             self._advance(self._flight)
 
     def close(self) -> None:
-        """Wait for a save in the background to end; every rank calls it.
+        """Wait for a save in the background to end, and for the removal of what it replaces; every rank calls it.
 
         Raises:
             SaveError: it has failed, on some rank.
         """
+        self._finish()
+        self._sweep.wait()
+
+    def _finish(self) -> None:
         while self._flight is not None:
             self._flight.task.wait()
             self._advance(self._flight)
@@ -161,6 +167,7 @@ class Saver:
         reports = self._agree(flight)
         if flight.publishing:
             self.durable, self._flight = flight.publication.step, None
+            self._sweep = _Task(flight.publication.sweep, background=True)
             return
         flight.publishing = True
         work: Callable[[], Any] = _nothing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from zero.checkpoint.buffers import CHUNK, Buffers
+from zero.checkpoint.digest import Digests, lanes
 from zero.checkpoint.image import Image
 from zero.faults import Injector
 
@@ -45,7 +45,8 @@ def write_images(
 ) -> list[Written]:
     """Write files side by side; they are durable when this returns.
 
-    For each file one thread hashes while another writes, past the page cache where the file system allows that.
+    For each file one thread writes, past the page cache where the file system allows that; a thread hashes one file or
+    two (see :func:`~zero.checkpoint.digest.lanes`).
 
     Args:
         images: path and content of each.
@@ -58,11 +59,18 @@ def write_images(
     """
     room = threading.Semaphore(_AHEAD * len(images))
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_File(path, image.bytes, faults, step, bool(behind))) for path, image in images]
+        files = [stack.enter_context(_File(path, image.bytes, faults, step)) for path, image in images]
+        width = lanes()
+        hashers = [
+            stack.enter_context(_Hasher(len(files[begin : begin + width]), bool(behind)))
+            for begin in range(0, len(files), width)
+        ]
         for begin in range(0, max(image.bytes for _, image in images), CHUNK):
-            for file, (_, image) in zip(files, images, strict=True):
+            if any(file.failed for file in files):
+                break
+            for number, (file, (_, image)) in enumerate(zip(files, images, strict=True)):
                 size = min(CHUNK, image.bytes - begin)
-                if size <= 0 or file.failed:
+                if size <= 0:
                     continue
                 if behind is None:
                     room.acquire()
@@ -70,10 +78,61 @@ def write_images(
                 image.copy(begin, chunk[:size])
                 if buffers.pinned:
                     torch.cuda.current_stream().synchronize()
-                file.put(chunk, begin, size, lambda chunk=chunk: (buffers.give(chunk), room.release()))
+                used = _Countdown(2, lambda chunk=chunk: (buffers.give(chunk), room.release()))
+                file.put(chunk, begin, size, used)
+                hashers[number // width].put(number % width, chunk.numpy().data[:size], used)
+            for hasher in hashers:
+                hasher.begin()
         if behind is not None:
             behind()
-        return [done.result() for done in [file.finish() for file in files]]
+        for done in [file.finish() for file in files]:
+            done.result()
+        digests = [digest for hasher in hashers for digest in hasher.finish()]
+        return [Written(image.bytes, digest) for (_, image), digest in zip(images, digests, strict=True)]
+
+
+class _Hasher:
+    """One thread that hashes a file or two.
+
+    Args:
+        files: how many.
+        behind: with what time others leave.
+    """
+
+    def __init__(self, files: int, behind: bool) -> None:
+        self._digests = Digests(files)
+        self._waiting: list[tuple[int, memoryview, Callable[[Any], None]]] = []
+        self._files = files
+        self._work: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1, "sha256", initializer=_step_back if behind else None)
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def put(self, number: int, data: memoryview, used: Callable[[Any], None]) -> None:
+        """The next bytes of file ``number``."""
+        self._waiting.append((number, data, used))
+
+    def finish(self) -> list[str]:
+        """Of each file, when all is hashed."""
+        for future in self._work:
+            future.result()
+        return self._digests.hexdigests()
+
+    def begin(self) -> None:
+        """Hash what was put since the last call, of all files together."""
+        if self._waiting:
+            pieces = [memoryview(b"")] * self._files
+            for number, data, _ in self._waiting:
+                pieces[number] = data
+            future = self._thread.submit(self._digests.update, pieces)
+            for _, _, used in self._waiting:
+                future.add_done_callback(used)
+            self._work.append(future)
+            self._waiting = []
 
 
 class _File:
@@ -83,46 +142,36 @@ class _File:
         failed: something of it could not be written; :meth:`finish` tells.
     """
 
-    def __init__(self, path: Path, size: int, faults: Injector, step: int, behind: bool) -> None:
+    def __init__(self, path: Path, size: int, faults: Injector, step: int) -> None:
         self.failed = False
         self._size, self._faults, self._step = size, faults, step
-        self._digest = hashlib.sha256()
         self._work: list[Future[None]] = []
         self._descriptor, self._direct = _open(path)
-        self._hasher, self._writer = (
-            ThreadPoolExecutor(1, name, initializer=_step_back if behind else None) for name in ("sha256", "write")
-        )
+        self._thread = ThreadPoolExecutor(1, "write")
 
     def __enter__(self) -> _File:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        for executor in (self._hasher, self._writer):
-            executor.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
         os.close(self._descriptor)
 
-    def put(self, chunk: Tensor, begin: int, size: int, used: Callable[[], Any]) -> None:
-        """Write and hash the first ``size`` bytes of a chunk; ``used`` is called when it is not needed any more."""
-        data = chunk.numpy().data
-        countdown = _Countdown(2, used)
-        for future in (
-            self._hasher.submit(self._digest.update, data[:size]),
-            self._writer.submit(self._write, data, begin, size),
-        ):
-            future.add_done_callback(countdown)
-            self._work.append(future)
+    def put(self, chunk: Tensor, begin: int, size: int, used: Callable[[Any], None]) -> None:
+        """Write the first ``size`` bytes of a chunk; ``used`` is called when it is not needed any more."""
+        future = self._thread.submit(self._write, chunk.numpy().data, begin, size)
+        future.add_done_callback(used)
+        self._work.append(future)
 
-    def finish(self) -> Future[Written]:
+    def finish(self) -> Future[None]:
         """Make the file durable when all of it is written."""
-        return self._writer.submit(self._finish)
+        return self._thread.submit(self._finish)
 
-    def _finish(self) -> Written:
+    def _finish(self) -> None:
         for future in self._work:
             future.result()
         self._faults.at("save.fsync", self._step)
         os.ftruncate(self._descriptor, self._size)
         os.fsync(self._descriptor)
-        return Written(self._size, self._digest.hexdigest())
 
     def _write(self, data: memoryview, begin: int, size: int) -> None:
         if self.failed:

@@ -1,4 +1,4 @@
-"""The C kernel of attention on the CPU, compiled once by the system's compiler and kept in the user's cache folder."""
+"""Small C files beside the Python that calls them, compiled once by the system's compiler and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -20,24 +20,29 @@ from parallel.errors import LockstepError
 __all__ = ["COMPILERS", "CompileError", "compiled"]
 
 COMPILERS = ("cc", "gcc", "clang")
-_SOURCE = Path(__file__).with_name("paged.c")
 _ALWAYS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
-_ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
 _TIMEOUT_S = 120
 
 
 class CompileError(LockstepError):
-    """The kernel cannot be had on this machine; the message says why."""
+    """The library cannot be had on this machine; the message says why."""
 
 
 @functools.cache
-def compiled(*, wide: bool = False, folder: Path | None = None, compilers: tuple[str, ...] = COMPILERS) -> ctypes.CDLL:
-    """The kernel as a library.
+def compiled(
+    source: Path,
+    attempts: tuple[tuple[str, ...], ...] = ((),),
+    *,
+    folder: Path | None = None,
+    compilers: tuple[str, ...] = COMPILERS,
+) -> ctypes.CDLL:
+    """A C file as a library.
 
     Args:
-        wide: compute in double instead of float.
-        folder: where compiled kernels are kept; None: ``~/.cache/lockstep``. One that others may write to, or that
-            cannot be written, is not used: the kernel is then compiled for this process alone.
+        source: the file.
+        attempts: flags to compile it with, the first that work; those with ``-fopenmp`` only where it is torch's OpenMP.
+        folder: where libraries are kept; None: ``~/.cache/lockstep``. One that others may write to, or that cannot be
+            written, is not used: the file is then compiled for this process alone.
         compilers: tried in turn.
 
     Raises:
@@ -48,14 +53,14 @@ def compiled(*, wide: bool = False, folder: Path | None = None, compilers: tuple
         raise CompileError(f"no C compiler ({', '.join(compilers)}) on the PATH")
     problem = ""
     with _kept_in(folder) as place:
-        for flags in _ATTEMPTS:
+        for flags in attempts:
             if "-fopenmp" in flags and not _shares_openmp():
                 continue
-            command = [compiler, *_ALWAYS, *flags, *(["-DWIDE"] if wide else [])]
-            path = place / f"paged-{_fingerprint(command)}.so"
+            command = [compiler, *_ALWAYS, *flags]
+            path = place / f"{source.stem}-{_fingerprint(source, command)}.so"
             for fresh in (False, True):  # a kept file may be broken: then it is compiled again
                 if fresh or not path.exists():
-                    problem = _compile(command, path)
+                    problem = _compile(source, command, path)
                 if not problem:
                     with contextlib.suppress(OSError):
                         return ctypes.CDLL(str(path))
@@ -71,11 +76,11 @@ def _shares_openmp() -> bool:
     return False
 
 
-def _fingerprint(command: list[str]) -> str:
+def _fingerprint(source: Path, command: list[str]) -> str:
     """Of everything that decides what comes out: source, command, compiler, processor."""
     found = Path(command[0]).resolve()
     about = found.stat()
-    parts = [_SOURCE.read_text(), *command, str(found), str(about.st_size), str(about.st_mtime_ns), platform.machine()]
+    parts = [source.read_text(), *command, str(found), str(about.st_size), str(about.st_mtime_ns), platform.machine()]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         parts += sorted(
@@ -84,13 +89,13 @@ def _fingerprint(command: list[str]) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
 
 
-def _compile(command: list[str], path: Path) -> str:
+def _compile(source: Path, command: list[str], path: Path) -> str:
     """Compile to ``path`` in one move; returns what went wrong, or an empty string."""
     handle, draft = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command, str(_SOURCE), "-o", draft, "-lm"],
+            [*command, str(source), "-o", draft, "-lm"],
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_S,
@@ -110,7 +115,7 @@ def _compile(command: list[str], path: Path) -> str:
 
 @contextlib.contextmanager
 def _kept_in(folder: Path | None) -> Iterator[Path]:
-    """The folder for compiled kernels, or one for the time of this call."""
+    """The folder for libraries, or one for the time of this call."""
     with contextlib.suppress(OSError, RuntimeError):
         kept = Path.home() / ".cache" / "lockstep" if folder is None else folder
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
