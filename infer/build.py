@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from infer.cache import CacheConfig, KVCache
 from infer.engine import Engine
+from infer.graphs import Graphs
 from infer.limits import Limits
 from infer.policy import PageGroup, SchedulerConfig
 from infer.runner import Runner
@@ -31,7 +32,7 @@ from parallel.pp import Cut, partition
 from parallel.tokenizer import load_tokenizer
 from parallel.tp.method import Packed
 
-__all__ = ["EngineConfig", "build_engine", "load_text", "stage_of"]
+__all__ = ["EngineConfig", "build_engine", "load_text", "records_graphs", "stage_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,9 @@ class EngineConfig:
     context: int = option(0, "most tokens of a text, prompt included (0: what the model was made for)")
     overlap: Literal["auto", "on", "off"] = option(
         "auto", "plan the next step while one is computed; auto: on a GPU, as a CPU has no time to spare"
+    )
+    graphs: Literal["auto", "on", "off"] = option(
+        "auto", "record decoding steps as CUDA graphs; auto: on a GPU that no other shares the model with"
     )
     microbatches: int = option(0, "of a step in a pipeline (0: as many as stages)")
     disk: str = option("", "folder for cached pages; scheduler.disk_pages says how many")
@@ -103,17 +107,46 @@ def build_engine(
     pages = [_least(count, mesh) for count in sizing.pages]
     host_pages = [_least(count, mesh) for count in sizing.host_pages]
     cache.allocate(pages, host_pages)
+    graphs = None
+    if records_graphs(config, cache, mesh):
+        pages = [count - 1 for count in pages]  # the last is nobody's
+        graphs = Graphs(
+            model,
+            most=config.scheduler.requests,
+            columns=[-(-limits.context // config.scheduler.page_size)] * len(pages),
+            scratch=pages,
+            page_size=config.scheduler.page_size,
+            device=mesh.device,
+        )
     groups = [
         PageGroup(group.window, count, host, cost=_cost(cache.bytes_per_page(index), model))
         for index, (group, count, host) in enumerate(zip(cache.groups, pages, host_pages, strict=True))
     ]
     sampler = Sampler(model_config.vocabulary, ends=limits.ends, device=mesh.device)
     disk = _shared(cache.open_folder(config.disk, str(folder.resolve())), mesh) if config.disk else []
-    runner = Runner(model, mesh, cache, sampler, microbatches=config.microbatches)
+    runner = Runner(model, mesh, cache, sampler, microbatches=config.microbatches, graphs=graphs)
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     overlap = config.overlap == "on" or (config.overlap == "auto" and mesh.device.type == "cuda")
     scheduler = Scheduler(config.scheduler, groups, disk)
     return Engine(scheduler, runner, limits, detokenizer, overlap=overlap), sizing
+
+
+def records_graphs(config: EngineConfig, cache: KVCache, mesh: Mesh) -> bool:
+    """Whether decoding steps are recorded.
+
+    Raises:
+        ConfigError: they are to be, and cannot.
+    """
+    reason = None
+    if cache.backend != "triton":
+        reason = f"attention {cache.backend!r} asks the host in every step"
+    elif mesh.tp.size * mesh.pp.size > 1:
+        reason = "the model is shared by several ranks"
+    elif cache.model.rope.scaling == "dynamic":
+        reason = "dynamic rotary scaling asks the host for lengths"
+    if config.graphs == "on" and reason:
+        raise ConfigError(f"graphs = on: {reason}")
+    return config.graphs != "off" and reason is None
 
 
 def stage_of(config: DecoderConfig, mesh: Mesh) -> Cut:

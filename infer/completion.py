@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +53,11 @@ class Completion:
     prompt_logprobs: tuple[TokenLogProb, ...] | None = None
     error: str = ""
     cached: int = 0
+
+    @staticmethod
+    def refused(prompt: Sequence[int], problems: Sequence[str]) -> Completion:
+        """Of a prompt of which nothing was computed, and why."""
+        return Completion(tuple(prompt), (Choice(0, (), "", "error"),), error="; ".join(problems))
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -99,10 +99,14 @@ class LLM:
             priorities: of each; the lower, the sooner.
             watch: called with everything that this replica generates, as it comes.
 
+        Returns:
+            of each prompt; one that cannot be continued as asked is refused alone, and has ``error`` with every reason.
+
         Raises:
-            RequestError: a prompt or its parameters cannot be honoured, with every reason; nothing was computed.
+            RequestError: there are not as many parameters or priorities as prompts.
+            DataError: the prompts are texts, and the model has no tokenizer.
         """
-        own, done = self._add(prompts, params, priorities), {}
+        own, done = self._add(prompts, params, priorities)
         while self.engine.busy:
             for event in self.engine.step():
                 if event.completion is not None:
@@ -117,12 +121,13 @@ class LLM:
         Raises:
             RequestError: it cannot be continued, with every reason.
         """
-        (id,) = self._add([prompt], params, None, everywhere=True)
+        engine, seed = self.engine, self._seed()
+        id = engine.add(self._encode(prompt), params, seed=seed)
         try:
-            while self.engine.busy:
-                yield from self.engine.step()
+            while engine.busy:
+                yield from engine.step()
         finally:
-            self.engine.abort(id)
+            engine.abort(id)
 
     def chat(
         self,
@@ -156,27 +161,24 @@ class LLM:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priorities: Sequence[int] | None,
-        *,
-        everywhere: bool = False,
-    ) -> dict[int, int]:
-        """Queue what is this replica's; engine's number -> place among the prompts."""
+    ) -> tuple[dict[int, int], dict[int, Completion]]:
+        """Queue what is this replica's: engine's number -> place among the prompts; and what was refused, by place."""
         given = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         ranks = [0] * len(prompts) if priorities is None else list(priorities)
         if len(given) != len(prompts) or len(ranks) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts, {len(given)} parameters and {len(ranks)} priorities")
-        encoded, problems = [], []
-        for place, (prompt, own) in enumerate(zip(prompts, given, strict=True)):
-            ids = self._encode(prompt)
-            encoded.append(ids)
-            problems += [f"prompt {place}: {problem}" for problem in self.engine.limits.problems(ids, own)]
-        if problems:
-            raise RequestError(problems)
+        encoded = [self._encode(prompt) for prompt in prompts]
         seed, dp = self._seed(), self.mesh.dp
-        mine = range(len(prompts)) if everywhere else range(dp.rank, len(prompts), dp.size)
-        return {
-            self.engine.add(encoded[place], given[place], priority=ranks[place], seed=(seed + place) % 2**63): place
-            for place in mine
-        }
+        own: dict[int, int] = {}
+        refused: dict[int, Completion] = {}
+        for place in range(dp.rank, len(prompts), dp.size):
+            try:
+                own_seed = (seed + place) % 2**63
+                id = self.engine.add(encoded[place], given[place], priority=ranks[place], seed=own_seed)
+                own[id] = place
+            except RequestError as error:
+                refused[place] = Completion.refused(encoded[place], error.problems)
+        return own, refused
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from infer.batch import StepBatch
 from infer.cache import KVCache
+from infer.graphs import Graphs
 from infer.sampling import Resolved, Row, Sampled, Sampler, TokenLogProb, prompt_logprobs
 from infer.step import Step, parts, slots
 from parallel import comm
@@ -85,6 +86,7 @@ class Runner:
         sampler: of the whole vocabulary.
         microbatches: of a step, where there is a pipeline; 0: as many as stages.
         timeout_s: longest wait for another stage.
+        graphs: recordings of decoding steps.
     """
 
     def __init__(
@@ -96,8 +98,9 @@ class Runner:
         *,
         microbatches: int = 0,
         timeout_s: float = 600.0,
+        graphs: Graphs | None = None,
     ) -> None:
-        self.model, self.mesh, self.cache, self.sampler = model, mesh, cache, sampler
+        self.model, self.mesh, self.cache, self.sampler, self.graphs = model, mesh, cache, sampler, graphs
         self.most = (microbatches or mesh.pp.size) if mesh.pp.size > 1 else 1
         self._last: Tensor = torch.zeros(1, dtype=torch.int64, device=mesh.device)
         self._tables: dict[int, Schedule] = {}
@@ -184,11 +187,15 @@ class Runner:
             self._fill(part)
         batches = [part.batch for part in prepared.parts]
         if self._pipeline is None:
-            logits = [self.model(batch) for batch in batches]
+            logits = [self._logits(batch) for batch in batches]
         else:
             found = self._pipeline.run(self._table(len(batches)), batches)
             logits = [found[index] for index in sorted(found)]
         return self._outcome(prepared, logits)
+
+    def _logits(self, batch: StepBatch) -> Tensor:
+        recorded = self.graphs(batch) if self.graphs is not None else None
+        return self.model(batch) if recorded is None else recorded
 
     def _fill(self, part: Part) -> None:
         """Put the tokens of the step before where they are computed."""

@@ -91,12 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     partition(model.layers, config.layout.pp)
     tokenizer = load_tokenizer(folder)
     limits = Limits.of(Path(folder), model, context=config.engine.context, text=True)
-    problems = [
-        f"prompt {place}: {problem}"
-        for place, prompt in enumerate(prompts)
-        for problem in limits.problems(tokenizer.encode(prompt).ids, config.sampling)
-    ]
-    refuse(DataError, problems)
+    problems = [limits.problems(tokenizer.encode(prompt).ids, config.sampling) for prompt in prompts]
+    if all(problems):  # others are refused alone
+        refuse(DataError, [f"prompt {place}: {one}" for place, found in enumerate(problems) for one in found])
     return on_ranks(
         ["generate", *arguments], config.layout, config.device, lambda mesh: _generate(config, folder, prompts, mesh)
     )
@@ -136,8 +133,9 @@ def _print(config: GenerateConfig, prompt: str, completion: Completion) -> None:
     for choice in completion.choices:
         if config.json:
             values = {"prompt": prompt, "index": choice.index, "text": choice.text, "tokens": list(choice.tokens)}
-            print(json.dumps({**values, "finish_reason": choice.finish_reason}))
-        else:
+            error = {"error": completion.error} if completion.error else {}
+            print(json.dumps({**values, "finish_reason": choice.finish_reason, **error}))
+        elif choice.tokens or not completion.error:
             print(prompt + choice.text)
 
 

@@ -7,10 +7,12 @@
     │   ├── ScheduleError       a pipeline schedule that is incomplete, out of order or deadlocked
     │   ├── DataError           a corpus, a tokenizer, a token id
     │   ├── CheckpointError     a checkpoint that cannot be read or does not fit
+    │   ├── RequestError        a prompt that cannot be continued as asked (infer/request.py)
     │   └── RunFolderError      a run folder that is held by another run, or belongs to another recipe
     ├── SaveError               a checkpoint that could not be written; the one before it stands
     ├── NotEnoughMemory         training state, or a step, that does not fit a rank (zero/memory.py)
     ├── NotFiniteError          gradients that are not finite, where a run is to stop for that (zero/loop.py)
+    ├── CompileError            a C file that this machine cannot compile; something slower takes over (native.py)
     ├── ShardError              a tensor that does not fit its entry in the shard table
     └── RankError               a rank that raised, died or stopped answering
         └── PipelineError       the same inside a pipeline step; it names the action

@@ -1,4 +1,4 @@
-"""Small C files beside the Python that calls them, compiled once by the system's compiler and kept in the user's cache."""
+"""Small C files beside the Python that calls them: compiled once by the system's compiler, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def compiled(
 
     Args:
         source: the file.
-        attempts: flags to compile it with, the first that work; those with ``-fopenmp`` only where it is torch's OpenMP.
-        folder: where libraries are kept; None: ``~/.cache/lockstep``. One that others may write to, or that cannot be
-            written, is not used: the file is then compiled for this process alone.
+        attempts: flags to compile it with, the first that work; those with ``-fopenmp`` only where that is torch's.
+        folder: where libraries are kept; None: ``~/.cache/lockstep``. One that others may write to, or that cannot
+            be written, is not used: the file is then compiled for this process alone.
         compilers: tried in turn.
 
     Raises:

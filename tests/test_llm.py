@@ -204,19 +204,39 @@ def test_the_tokens_do_not_depend_on_the_layout(ranks: Ranks, folders: dict[str,
         assert all(found == want for found in rank)
 
 
-def test_bad_prompts_are_refused_all_at_once(folders: dict[str, Path]) -> None:
+def test_bad_prompts_are_refused_alone(folders: dict[str, Path]) -> None:
     llm = LLM(folders["gpt2"])
-    with pytest.raises(RequestError) as caught:
-        llm.generate([[], [1, 211], [-1], [3] * 120, [4]], SamplingParams(max_tokens=10))
-    assert len(caught.value.problems) == 4
-    assert "token id 211 of the prompt is outside the vocabulary of 211" in caught.value.problems[1]
-    assert "120 tokens of the prompt and max_tokens = 10 exceed the context of 128" in caught.value.problems[3]
+    want = llm.generate([[4], [5, 6]], SamplingParams(max_tokens=10))
+    prompts = [[], [4], [1, 211], [-1], [5, 6], [3] * 120]
+    got = llm.generate(prompts, SamplingParams(max_tokens=10))
+    assert [completion.tokens for completion in got if not completion.error] == [one.tokens for one in want]
+    assert [completion.prompt for completion in got] == [tuple(prompt) for prompt in prompts]
+    said = [completion.error for completion in got if completion.finish_reason == "error"]
+    assert said == [
+        "the prompt is empty",
+        "token id 211 of the prompt is outside the vocabulary of 211",
+        "token id -1 of the prompt is outside the vocabulary of 211",
+        "120 tokens of the prompt and max_tokens = 10 exceed the context of 128",
+    ]
     with pytest.raises(DataError, match="no tokenizer"):
         llm.generate(["text"])
-    with pytest.raises(RequestError) as caught_params:
-        llm.generate([[1]], SamplingParams(max_tokens=0, temperature=-1.0))
-    assert len(caught_params.value.problems) == 2
-    assert llm.generate([[1, 2]], SamplingParams(max_tokens=2))[0].tokens, "nothing is left behind"
+    with pytest.raises(RequestError, match="1 prompts, 2 parameters"):
+        llm.generate([[1]], [SamplingParams()] * 2)
+    (both,) = llm.generate([[1]], SamplingParams(max_tokens=0, temperature=-1.0))
+    assert "max_tokens = 0" in both.error
+    assert "temperature = -1.0" in both.error
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        next(llm.stream([]))
+    assert not llm.engine.busy
+
+
+def test_a_request_larger_than_the_cache_is_refused_alone(folders: dict[str, Path]) -> None:
+    llm = LLM(folders["llama"], config=config_of(few=150))
+    (want,) = llm.generate([[4, 5]], SamplingParams(max_tokens=8))
+    llm.engine.limits = dataclasses.replace(llm.engine.limits, context=10**6)  # which the cache alone would allow
+    short, long = llm.generate([[4, 5], [3] * 5000], SamplingParams(max_tokens=8))
+    assert short.tokens == want.tokens
+    assert "up to 5008 tokens need 313 pages of 16 tokens; the whole cache of page group 0 has" in long.error
 
 
 def test_memory_for_less_than_one_sequence_is_refused_with_the_numbers(folders: dict[str, Path]) -> None:

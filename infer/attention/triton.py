@@ -55,7 +55,10 @@ class TritonAttention:
         kv_heads, page_size, size = pages.k_PKSH.shape[1:]
         share = q.shape[1] // kv_heads
         queries = 1 if step.widest == 1 else max(1, _ROWS // share)
-        blocks = torch.from_numpy(_blocks(step.boundaries, queries)).to(q.device, non_blocking=True)
+        if step.widest == 1:  # nothing comes from the host, so that it can be recorded
+            request, first = step.starts_R[:-1], torch.zeros_like(step.starts_R)
+        else:
+            request, first = torch.from_numpy(_blocks(step.boundaries, queries)).to(q.device, non_blocking=True)
         scales = (pages.k_PKSH, pages.v_PKSH)  # not looked at
         if pages.k_scale_PKS is not None and pages.v_scale_PKS is not None:
             scales = (pages.k_scale_PKS, pages.v_scale_PKS)
@@ -71,9 +74,9 @@ class TritonAttention:
             "SCALED": pages.k_scale_PKS is not None,
         }
         kernel: Any = triton_kernel.paged_kernel
-        kernel[(blocks.shape[1], kv_heads)](
+        kernel[(len(request), kv_heads)](
             *(q, pages.k_PKSH, pages.v_PKSH, *scales, out),
-            *(table, step.context_R, step.starts_R, blocks[0], blocks[1]),
+            *(table, step.context_R, step.starts_R, request, first),
             *(*q.stride()[:2], *out.stride()[:2], *pages.k_PKSH.stride()[:2], *scales[0].stride()[:2]),
             table.stride(0),
             window or 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -22,10 +23,17 @@ def angles(config: DecoderConfig, batch: Batch) -> Angles:
     if rope.scaling == "dynamic":
         inverse = torch.cat([_dynamic(config, batch, i) for i in range(len(batch.boundaries) - 1)])
     else:
-        inverse = frequencies(config).to(batch.positions_T.device)
+        inverse = _on(config, batch.positions_T.device)
     turns = batch.positions_T.float()[:, None] * inverse
     scale = _attention_factor(rope) if rope.scaling == "yarn" else 1.0
     return turns.cos() * scale, turns.sin() * scale
+
+
+@functools.lru_cache(maxsize=64)
+def _on(config: DecoderConfig, device: torch.device) -> Tensor:
+    """:func:`frequencies`, sent to a device once."""
+    with torch.inference_mode(False):
+        return frequencies(config).to(device)
 
 
 def frequencies(config: DecoderConfig) -> Tensor:
