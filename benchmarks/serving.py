@@ -13,14 +13,13 @@ that holds all requests: by themselves they take nearly all memory.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ BEST = {
     "num_blocks": 512,
 }
 
-Contender = Callable[[], list[list[int]]]
+Contender = Callable[[], tuple[list[list[int]], float]]
+"""Gives the tokens of every request, and the seconds that they took."""
 
 
 def requests() -> tuple[list[list[int]], list[int]]:
@@ -76,7 +76,7 @@ def ours(folder: Path, dtype: torch.dtype) -> Contender:
         config=EngineConfig(cache=CacheConfig(memory_gib=0.5), scheduler=SchedulerConfig(prefix_cache=False)),
     )
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
-    return lambda: [list(completion.tokens) for completion in llm.generate(prompts, params)]
+    return timed(lambda: [list(completion.tokens) for completion in llm.generate(prompts, params)])
 
 
 def padded(model: Any) -> Contender:
@@ -91,7 +91,7 @@ def padded(model: Any) -> Contender:
             out = model.generate(ids, attention_mask=mask, **_greedy(max(lengths)))
         return [row[longest : longest + n].tolist() for row, n in zip(out, lengths, strict=True)]
 
-    return run
+    return timed(run)
 
 
 def one_by_one(model: Any) -> Contender:
@@ -107,31 +107,47 @@ def one_by_one(model: Any) -> Contender:
                 for p, n in zip(prompts, lengths, strict=True)
             ]
 
-    return run
+    return timed(run)
 
 
-@contextlib.contextmanager
-def batched(model: Any, **settings: Any) -> Iterator[Contender]:
-    """``generate_batch``'s manager, kept from call to call; each request has its own length."""
+def batched(model: Any, **settings: Any) -> Contender:
+    """``generate_batch``'s manager; each request has its own length."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     prompts, lengths = requests()
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(lengths))
-    cb = ContinuousBatchingConfig(**settings)
-    with model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=cb) as manager:
 
-        def run() -> list[list[int]]:
+    def results(manager: Any, names: list[str]) -> list[list[int]]:
+        found: dict[str, list[int]] = {}
+        while len(found) < len(names):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                found[result.request_id] = list(result.generated_tokens)
+            elif result is None and not manager.is_running():
+                raise RuntimeError("generate_batch stopped")
+        return [found[name] for name in names]
+
+    def run() -> tuple[list[list[int]], float]:
+        cb = ContinuousBatchingConfig(**settings)
+        started = model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=cb)
+        with started as manager:
+            results(manager, [manager.add_request(prompts[0], max_new_tokens=2)])
+            began = time.perf_counter()
             names = [manager.add_request(p, max_new_tokens=n) for p, n in zip(prompts, lengths, strict=True)]
-            found: dict[str, list[int]] = {}
-            while len(found) < len(names):
-                result = manager.get_result(timeout=1)
-                if result is not None and result.is_finished():
-                    found[result.request_id] = list(result.generated_tokens)
-                elif not manager.is_running():
-                    raise RuntimeError("generate_batch stopped")
-            return [found[name] for name in names]
+            return results(manager, names), time.perf_counter() - began
 
-        yield run
+    return run
+
+
+def timed(run: Callable[[], list[list[int]]]) -> Contender:
+    """With its seconds."""
+
+    def measured() -> tuple[list[list[int]], float]:
+        began = time.perf_counter()
+        tokens = run()
+        return tokens, time.perf_counter() - began
+
+    return measured
 
 
 def _greedy(tokens: int) -> dict[str, Any]:
@@ -153,22 +169,16 @@ def race(folder: Path, precision: str, rounds: int, batching: bool) -> tuple[lis
     dtype = workload.DTYPES[precision]
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()  # noqa: E731
     model = load()
-    peers: dict[str, Callable[[contextlib.ExitStack], Contender]] = {
-        "generate_batch": lambda stack: stack.enter_context(batched(load(), num_blocks=128)),
-        "generate_batch, best settings": lambda stack: stack.enter_context(batched(load(), **BEST)),
-        "generate, padded": lambda _: padded(model),
-        "generate, one by one": lambda _: one_by_one(model),
-    }
-    with contextlib.ExitStack() as stack:
-        entrants = {"ours": ours(folder, dtype)}
-        entrants |= {name: make(stack) for name, make in peers.items() if batching or "batch" not in name}
-        texts = {name: run() for name, run in entrants.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in entrants}
-        for _ in range(rounds):
-            for name, run in entrants.items():
-                started = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - started)
+    entrants = {"ours": ours(folder, dtype)}
+    if batching:
+        entrants["generate_batch"] = batched(load(), num_blocks=128)
+        entrants["generate_batch, best settings"] = batched(load(), **BEST)
+    entrants |= {"generate, padded": padded(model), "generate, one by one": one_by_one(model)}
+    texts = {name: run()[0] for name, run in entrants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in entrants}
+    for _ in range(rounds):
+        for name, run in entrants.items():
+            seconds[name].append(run()[1])
     reference = texts["generate, one by one"]
     details, rows, claims = [], [], []
     for name, times in seconds.items():

@@ -213,6 +213,21 @@ static void load(Job *j, View *w, int64_t head, int64_t tile, int64_t first, int
     }
 }
 
+/* Ask for the keys and values of a tile ahead of their use: pages lie anywhere, so the processor does not foresee them. */
+INLINE void fetch(const Job *j, const View *w, int64_t head, int64_t tile, int64_t last) {
+    int64_t row = j->size * bytes_of(j->stored);
+    if (last > tile + TILE) last = tile + TILE;
+    for (int64_t at = tile, stop; at < last; at = stop) {
+        int64_t page = j->table[w->request * j->table_row + at / j->page_size], place = at % j->page_size;
+        stop = at - place + j->page_size < last ? at - place + j->page_size : last;
+        if (page < 0 || page >= j->pages) return;
+        for (int side = 0; side < 2; side++) {
+            const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
+            for (int64_t i = 0; i < (stop - at) * row; i += 64) __builtin_prefetch(from + i, 0, 2);
+        }
+    }
+}
+
 /* Products of one query with LANES keys: each key's in its own vector, then all vectors summed by one tree. */
 #define PAIRS(w) for (int i = 0; i < LANES / 2 / w; i++) \
     a[i] = PICK(a[2 * i], a[2 * i + 1], LEFT, w) + PICK(a[2 * i], a[2 * i + 1], RIGHT, w);
@@ -310,11 +325,13 @@ static void attend(Shared *s, View *w, int64_t index) {
         int64_t first = split * SPLIT, last = first + SPLIT;
         if (j->window && seen - j->window + 1 > first) first = seen - j->window + 1;
         if (last > seen + queries) last = seen + queries;
+        if (!some) fetch(j, w, head, first / TILE * TILE, last);
         REAL *into = some ? w->part : sums;
         memset(into, 0, sizeof(REAL) * (size_t)w->state);
         for (int64_t r = 0; r < w->rows; r++) into[w->rows * w->padded + r] = LOW;
         for (int64_t tile = first / TILE * TILE; tile < last; tile += TILE) {
             load(j, w, head, tile, first > tile ? first : tile, last < tile + TILE ? last : tile + TILE);
+            fetch(j, w, head, tile + TILE, last);
             attend_tile(j, w, into, tile, seen);
         }
         if (some++) merge(w, sums, into);
