@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from infer.completion import Completion, Event
@@ -41,7 +41,7 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Continue a prompt, piece by piece; the last event has the whole. Whoever stops listening ends the request.
 
         Args:

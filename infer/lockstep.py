@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +66,7 @@ class Replica:
             raise RequestError("logits_processors: functions cannot be sent to other ranks; use a single rank")
         seed = secrets.randbits(63) if seed is None else seed
         id = self.engine.add(prompt, params, priority=priority, salt=salt, seed=seed)
-        self._orders.append(["add", list(prompt), _packed(params), priority, salt.hex(), seed])
+        self._orders.append(["add", list(prompt), params.to_json(), priority, salt.hex(), seed])
         return id
 
     def abort(self, id: int) -> bool:
@@ -100,7 +99,7 @@ class Replica:
                 else:
                     prompt, params, priority, salt, seed = order
                     options = {"priority": priority, "salt": bytes.fromhex(salt), "seed": seed}
-                    self.engine.add(prompt, _unpacked(params), **options)
+                    self.engine.add(prompt, SamplingParams.from_json(params), **options)
             self.engine.step()
 
     def _tell(self) -> list[list[Any]]:
@@ -109,19 +108,3 @@ class Replica:
         for axis in self._axes:
             orders = comm.gather_json(orders, axis)[0]
         return orders
-
-
-def _packed(params: SamplingParams) -> dict[str, Any]:
-    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
-    del values["logits_processors"]
-    bias = params.logit_bias
-    return {**values, "logit_bias": None if bias is None else list(bias.items())}
-
-
-def _unpacked(values: dict[str, Any]) -> SamplingParams:
-    def frozen(value: Any) -> Any:
-        return tuple(frozen(item) for item in value) if isinstance(value, list) else value
-
-    bias = values["logit_bias"]
-    given = {name: frozen(value) for name, value in values.items()}
-    return SamplingParams(**{**given, "logit_bias": None if bias is None else dict(bias)})

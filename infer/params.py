@@ -14,6 +14,7 @@ penalties and taking min-p before top-k and top-p.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,24 @@ class SamplingParams:
     logits_processors: tuple[LogitsProcessor, ...] = option(
         (), "functions of prompt tokens, generated tokens and logits (V,), float32, which return new logits"
     )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; ``logits_processors`` are left out, as functions cannot travel."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["logits_processors"]
+        bias = self.logit_bias
+        return {**values, "logit_bias": None if bias is None else list(bias.items())}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> SamplingParams:
+        """What :meth:`to_json` gave, whose tuples may have become lists on the way."""
+
+        def frozen(value: Any) -> Any:
+            return tuple(frozen(item) for item in value) if isinstance(value, list) else value
+
+        bias = values["logit_bias"]
+        given = {name: frozen(value) for name, value in values.items()}
+        return SamplingParams(**{**given, "logit_bias": None if bias is None else dict(bias)})
 
     def problems(self, *, vocabulary: int | None = None, ends: Sequence[int] = (), text: bool = True) -> Iterator[str]:
         """Why these cannot be honoured, every reason.

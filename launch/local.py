@@ -27,7 +27,7 @@ from typing import IO, Any
 from launch.env import detect
 from parallel.errors import ConfigError, PipelineError, RankError, Refusal
 
-__all__ = ["report_failure", "run_local", "run_rank"]
+__all__ = ["report_failure", "run_local", "run_rank", "tethered"]
 
 _POLL_S = 0.02
 _SHOWN_LINES = 60
@@ -150,6 +150,11 @@ def run_local(
         return _watch(ranks, received, grace_s)
 
 
+def tethered(command: Sequence[str]) -> list[str]:
+    """The same command, which dies with this process on Linux, however that ends."""
+    return [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()), *command]
+
+
 def _shared_environ(environ: Mapping[str, str], world: int, port: int, threads: int | None) -> dict[str, str]:
     shared = {name: value for name, value in environ.items() if not _FOREIGN.fullmatch(name)}
     shared |= {
@@ -185,7 +190,7 @@ def _start(
         inherited.append(listener.fileno())
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _TETHER, str(os.getpid()), *command],
+            tethered(command),
             stdin=None if number == 0 else subprocess.DEVNULL,
             stdout=output,
             stderr=errors,

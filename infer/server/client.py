@@ -1,0 +1,144 @@
+"""The HTTP process's end of the channel: an engine in another process, with the face of one in this."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from infer.completion import Event
+from infer.params import SamplingParams
+from infer.request import RequestError
+from infer.scheduler import Stats
+from infer.server.engine import EngineGone
+from infer.server.wire import Abort, Add, Channel, ChannelError, Given, Hello, Refused, ToApi, Told, pack, unpack
+
+__all__ = ["RemoteEngine"]
+
+_FIRST = -(1 << 30)
+"""Priority of what asks whether the engine works."""
+
+
+class RemoteEngine:
+    """Continues prompts in an engine that may be there, be gone, and come again.
+
+    Args:
+        key: that engines know.
+        version: that they must be of.
+
+    Attributes:
+        hello: what the engine said of itself; None: there is none.
+    """
+
+    def __init__(self, key: bytes, version: str) -> None:
+        self.hello: Hello | None = None
+        self._key, self._version = key, version
+        self._channel: Channel | None = None
+        self._streams: dict[int, asyncio.Queue[Event | BaseException]] = {}
+        self._stats: Stats | None = None
+        self._next = 0
+        self._there = asyncio.Event()
+        self._model: str | None = None
+        self.refused: Callable[[str], None] = lambda _reason: None
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Somebody has connected: serve them, if they know the key and nobody else is there; returns when they go."""
+        try:
+            channel = await Channel.open(reader, writer, self._key, listens=True)
+        except ChannelError as error:
+            self.refused(str(error))
+            return
+        if self._channel is not None:
+            self.refused("a second engine")
+            channel.close()
+            return
+        self._channel = channel
+        reason = "the engine has closed the channel"
+        try:
+            while True:
+                self._take(unpack(await channel.receive(), ToApi))
+        except ChannelError as error:
+            reason = str(error)
+        finally:
+            self._lost(reason)
+
+    async def ready(self) -> Hello:
+        """Wait for an engine."""
+        await self._there.wait()
+        assert self.hello is not None
+        return self.hello
+
+    async def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0, salt: bytes = b""
+    ) -> AsyncGenerator[Event, None]:
+        """Continue a prompt, piece by piece; the last event has the whole. Whoever stops listening ends the request.
+
+        Raises:
+            RequestError: it cannot be continued, with every reason.
+            EngineGone: there is no engine, or it is gone in the middle.
+        """
+        channel = self._channel
+        if channel is None or self.hello is None:
+            raise EngineGone("the engine is not there")
+        self._next += 1
+        number, events = self._next, asyncio.Queue[Event | BaseException]()
+        self._streams[number] = events
+        over = False
+        try:
+            given = (SamplingParams() if params is None else params).to_json()
+            channel.send(pack(Add(number, list(prompt), given, priority, salt)))
+            while not over:
+                event = await events.get()
+                over = isinstance(event, BaseException) or event.completion is not None
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            self._streams.pop(number, None)
+            if not over and self._channel is channel:
+                channel.send(pack(Abort(number)))
+
+    async def ping(self, timeout_s: float) -> bool:
+        """Whether the engine generates a token when it is asked to."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with contextlib.aclosing(
+                    self.stream([0], SamplingParams(max_tokens=1), priority=_FIRST)
+                ) as events:
+                    async for event in events:
+                        if event.completion is not None:
+                            return not event.completion.error
+        except (TimeoutError, EngineGone, RequestError):
+            pass
+        return False
+
+    def stats(self) -> Stats | None:
+        """What the scheduler held a moment ago; None: there is no engine."""
+        return self._stats
+
+    def close(self) -> None:
+        """Let the engine go."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def _take(self, message: ToApi) -> None:
+        if isinstance(message, Hello):
+            if message.version != self._version or self._model not in (None, message.model):
+                raise ChannelError("an engine of another version or another model")
+            self.hello, self._model = message, message.model
+            self._there.set()
+        elif isinstance(message, Told):
+            self._stats = message.stats
+        elif (events := self._streams.get(message.number)) is not None:
+            if isinstance(message, Given):
+                events.put_nowait(message.event._replace(id=message.number))
+            else:
+                events.put_nowait(RequestError(message.problems))
+
+    def _lost(self, reason: str) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self.hello = self._stats = None
+        self._there.clear()
+        for events in self._streams.values():
+            events.put_nowait(EngineGone(reason))

@@ -1,0 +1,95 @@
+"""The engine's end of the channel: prompts in, events out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from infer.aio import AsyncEngine
+from infer.params import SamplingParams
+from infer.request import RequestError
+from infer.scheduler import Stats
+from infer.server.wire import Abort, Add, Channel, ChannelError, Given, Hello, Refused, Told, ToEngine, pack, unpack
+
+__all__ = ["Worker"]
+
+_TELL_S = 0.25
+
+
+class Worker:
+    """Carries out what comes over a channel, until it closes.
+
+    Args:
+        channel: to the HTTP process.
+        engine: started.
+        hello: what to say first.
+        stats: of the scheduler.
+    """
+
+    def __init__(self, channel: Channel, engine: AsyncEngine, hello: Hello, stats: Callable[[], Stats]) -> None:
+        self._channel, self._engine, self._hello, self._stats = channel, engine, hello, stats
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._failed: BaseException | None = None
+
+    async def run(self) -> None:
+        """Return when the other end has closed the channel; all prompts are aborted then.
+
+        Raises:
+            BaseException: whatever the engine raised.
+        """
+        self._channel.send(pack(self._hello))
+        telling = asyncio.create_task(self._tell())
+        orders = asyncio.create_task(self._obey())
+        try:
+            await asyncio.wait([telling, orders], return_when=asyncio.FIRST_COMPLETED)
+            for task in (orders, telling):
+                if task.done() and not isinstance(task.exception(), ChannelError | None):
+                    task.result()
+            if self._failed is not None:
+                raise self._failed
+        finally:
+            tasks = [telling, orders, *self._tasks.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._channel.close()
+
+    async def _obey(self) -> None:
+        while True:
+            order = unpack(await self._channel.receive(), ToEngine)
+            if isinstance(order, Add):
+                self._tasks[order.number] = asyncio.create_task(self._continue(order))
+            elif isinstance(order, Abort) and (task := self._tasks.get(order.number)) is not None:
+                task.cancel()
+
+    async def _continue(self, order: Add) -> None:
+        number, channel = order.number, self._channel
+        try:
+            params = SamplingParams.from_json(order.params)
+            options = {"priority": order.priority, "salt": order.salt}
+            async with contextlib.aclosing(self._engine.stream(order.prompt, params, **options)) as events:
+                async for event in events:
+                    channel.send(pack(Given(number, event)))
+                    await channel.drain()
+        except RequestError as error:
+            channel.send(pack(Refused(number, list(error.problems))))
+        except (TypeError, KeyError) as error:
+            channel.send(pack(Refused(number, [f"parameters: {error}"])))
+        except ChannelError:
+            pass
+        except Exception as error:  # noqa: BLE001 - the engine is done for, and with it this process
+            self._failed = error
+            self._channel.close()
+        finally:
+            self._tasks.pop(number, None)
+
+    async def _tell(self) -> None:
+        before: Stats | None = None
+        while self._failed is None:
+            now = self._stats()
+            if now != before:
+                self._channel.send(pack(Told(now)))
+                await self._channel.drain()
+            before = now
+            await asyncio.sleep(_TELL_S)
