@@ -12,6 +12,7 @@ from infer.completion import Completion, Event
 from infer.engine import Engine
 from infer.lockstep import Replica
 from infer.params import SamplingParams
+from infer.request import RequestError
 
 __all__ = ["AsyncEngine"]
 
@@ -84,6 +85,24 @@ class AsyncEngine:
                 return event.completion
         raise AssertionError("a stream ends with a completion")
 
+    async def embed(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As :meth:`Engine.embed`.
+
+        Raises:
+            RequestError: these documents cannot be embedded, with every reason.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[list[list[float]]] = loop.create_future()
+
+        def order() -> None:
+            try:
+                loop.call_soon_threadsafe(_resolve, done, self.engine.embed(documents))
+            except RequestError as error:
+                loop.call_soon_threadsafe(_refuse, done, error)
+
+        self._order(order)
+        return await done
+
     async def _first(self, number: asyncio.Future[int], events: asyncio.Queue[Event | BaseException]) -> Any:
         await asyncio.shield(number)
         return await events.get()
@@ -130,11 +149,11 @@ class AsyncEngine:
             self.engine.close()
 
 
-def _resolve(number: asyncio.Future[int], id: int) -> None:
-    if not number.done():
-        number.set_result(id)
+def _resolve(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
 
 
-def _refuse(number: asyncio.Future[int], error: BaseException) -> None:
-    if not number.done():
-        number.set_exception(error)
+def _refuse(future: asyncio.Future[Any], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from infer.cache import CacheConfig, KVCache
+from infer.embedder import Embedder
 from infer.engine import Engine
 from infer.graphs import Graphs
 from infer.limits import Limits
@@ -128,7 +129,8 @@ def build_engine(
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     overlap = config.overlap == "on" or (config.overlap == "auto" and mesh.device.type == "cuda")
     scheduler = Scheduler(config.scheduler, groups, disk)
-    return Engine(scheduler, runner, limits, detokenizer, overlap=overlap), sizing
+    embedder = Embedder(folder, model, tokenizer)
+    return Engine(scheduler, runner, limits, detokenizer, overlap=overlap, embedder=embedder), sizing
 
 
 def records_graphs(config: EngineConfig, cache: KVCache, mesh: Mesh) -> bool:

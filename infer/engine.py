@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from infer.beamjob import BeamJob
 from infer.completion import Event
+from infer.embedder import Embedder
 from infer.job import Job, Member
 from infer.limits import Limits
 from infer.params import SamplingParams
@@ -17,7 +18,7 @@ from infer.runner import Outcome, Prepared, Runner
 from infer.sampling import TokenLogProb
 from infer.scheduler import Scheduler, Stats
 from infer.text import Detokenizer, encode_bad_words
-from parallel.errors import refuse
+from parallel.errors import Refusal, refuse
 
 __all__ = ["Engine"]
 
@@ -41,6 +42,7 @@ class Engine:
         limits: what requests are held against.
         detokenizer: None: there is no text.
         overlap: plan the next step, and look at what the last one gave, while one is computed.
+        embedder: of the same model; None: it does not embed.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Engine:
         detokenizer: Detokenizer | None = None,
         *,
         overlap: bool = True,
+        embedder: Embedder | None = None,
     ) -> None:
-        self.scheduler, self.runner, self.limits = scheduler, runner, limits
+        self.scheduler, self.runner, self.limits, self.embedder = scheduler, runner, limits, embedder
         self.detokenizer, self.overlap = detokenizer, overlap
         self._jobs: dict[int, Job] = {}
         self._members: dict[int, Member] = {}
@@ -116,6 +119,25 @@ class Engine:
         self._jobs[job.id] = job
         self._members[request.id] = job.join(request)
         return job.id
+
+    def embed(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector for each document, computed behind the step that is under way; every rank calls it.
+
+        Args:
+            documents: token ids of each.
+
+        Raises:
+            RequestError: this engine does not embed, or not these documents, with every reason.
+        """
+        embedder = self.embedder
+        if embedder is None:
+            raise RequestError("this engine does not embed")
+        longest = max(map(len, documents), default=0)
+        try:
+            work = self._worker.submit(embedder, documents, budget=max(2048, longest))
+            return work.result().float().tolist()
+        except Refusal as error:
+            raise RequestError(error.problems) from None
 
     def _number(self) -> int:
         self._next += 1

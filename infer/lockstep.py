@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,12 @@ class Replica:
             self._orders.append(["abort", id])
         return found
 
+    def embed(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        """As :meth:`Engine.embed`, on all ranks."""
+        self._orders.append(["embed", [list(document) for document in documents]])
+        self._tell()
+        return self.engine.embed(documents)
+
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and make one step."""
         self._tell()
@@ -90,17 +97,25 @@ class Replica:
     def follow(self) -> None:
         """On every rank but the first: make the steps that it makes, until it closes."""
         while True:
-            for kind, *order in self._tell():
+            told = self._tell()
+            for kind, *order in told:
                 if kind == "close":
                     self.engine.close()
                     return
-                if kind == "abort":
-                    self.engine.abort(*order)
-                else:
-                    prompt, params, priority, salt, seed = order
-                    options = {"priority": priority, "salt": bytes.fromhex(salt), "seed": seed}
-                    self.engine.add(prompt, SamplingParams.from_json(params), **options)
-            self.engine.step()
+                self._obey(kind, order)
+            if not told or told[-1][0] != "embed":  # then the first rank makes no step
+                self.engine.step()
+
+    def _obey(self, kind: str, order: list[Any]) -> None:
+        if kind == "abort":
+            self.engine.abort(*order)
+        elif kind == "embed":
+            with contextlib.suppress(RequestError):  # it is raised on the first rank as well
+                self.engine.embed(*order)
+        else:
+            prompt, params, priority, salt, seed = order
+            options = {"priority": priority, "salt": bytes.fromhex(salt), "seed": seed}
+            self.engine.add(prompt, SamplingParams.from_json(params), **options)
 
     def _tell(self) -> list[list[Any]]:
         """The orders of the first rank, on all."""

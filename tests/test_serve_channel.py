@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import torch
 from test_llm import config_of, folders, work  # noqa: F401 - a fixture
 
 from infer import LLM, RequestError, SamplingParams
@@ -129,7 +130,7 @@ def test_messages_that_are_none(data: bytes) -> None:
 
 
 @contextlib.asynccontextmanager
-async def served(place: Path, llm: LLM, model: str = "m"):  # noqa: ANN201
+async def served(place: Path, llm: LLM, model: str = "m"):
     """An engine at the other end of a socket, and its client."""
     remote = RemoteEngine(KEY, "1")
     server = await asyncio.start_unix_server(remote.accept, path=str(place / "s"))
@@ -168,6 +169,13 @@ def test_completions_are_those_of_the_engine(folders: dict[str, Path], tmp_path:
             with pytest.raises(RequestError, match="the prompt is empty"):
                 await completed(remote, [], SamplingParams())
             assert await remote.ping(5.0)
+            documents = [[7, 8, 9], [10], [11] * 30]
+            vectors, _ = await asyncio.gather(
+                remote.embed(documents), completed(remote, [5], SamplingParams(max_tokens=5))
+            )
+            assert torch.tensor(vectors).allclose(llm.embed(documents))
+            with pytest.raises(RequestError, match="empty"):
+                await remote.embed([[1], []])
             for _ in range(40):
                 await asyncio.sleep(0.05)
                 if (stats := remote.stats()) is not None and stats == llm.engine.stats:

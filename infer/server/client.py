@@ -11,7 +11,21 @@ from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
 from infer.server.engine import EngineGone
-from infer.server.wire import Abort, Add, Channel, ChannelError, Given, Hello, Refused, ToApi, Told, pack, unpack
+from infer.server.wire import (
+    Abort,
+    Add,
+    Channel,
+    ChannelError,
+    Embed,
+    Given,
+    Hello,
+    Refused,
+    ToApi,
+    Told,
+    Vectors,
+    pack,
+    unpack,
+)
 
 __all__ = ["RemoteEngine"]
 
@@ -35,6 +49,7 @@ class RemoteEngine:
         self._key, self._version = key, version
         self._channel: Channel | None = None
         self._streams: dict[int, asyncio.Queue[Event | BaseException]] = {}
+        self._embedding: dict[int, asyncio.Future[list[list[float]]]] = {}
         self._stats: Stats | None = None
         self._next = 0
         self._there = asyncio.Event()
@@ -98,6 +113,24 @@ class RemoteEngine:
             if not over and self._channel is channel:
                 channel.send(pack(Abort(number)))
 
+    async def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector for each prompt.
+
+        Raises:
+            RequestError: they cannot be embedded, with every reason.
+            EngineGone: there is no engine, or it is gone in the middle.
+        """
+        if self._channel is None or self.hello is None:
+            raise EngineGone("the engine is not there")
+        self._next += 1
+        number = self._next
+        self._embedding[number] = done = asyncio.get_running_loop().create_future()
+        try:
+            self._channel.send(pack(Embed(number, [list(prompt) for prompt in prompts])))
+            return await done
+        finally:
+            self._embedding.pop(number, None)
+
     async def ping(self, timeout_s: float) -> bool:
         """Whether the engine generates a token when it is asked to."""
         try:
@@ -129,10 +162,15 @@ class RemoteEngine:
             self._there.set()
         elif isinstance(message, Told):
             self._stats = message.stats
+        elif (done := self._embedding.get(message.number)) is not None:
+            if not done.done() and isinstance(message, Vectors):
+                done.set_result(message.values)
+            elif not done.done() and isinstance(message, Refused):
+                done.set_exception(RequestError(message.problems))
         elif (events := self._streams.get(message.number)) is not None:
             if isinstance(message, Given):
                 events.put_nowait(message.event._replace(id=message.number))
-            else:
+            elif isinstance(message, Refused):
                 events.put_nowait(RequestError(message.problems))
 
     def _lost(self, reason: str) -> None:
@@ -142,3 +180,6 @@ class RemoteEngine:
         self._there.clear()
         for events in self._streams.values():
             events.put_nowait(EngineGone(reason))
+        for done in self._embedding.values():
+            if not done.done():
+                done.set_exception(EngineGone(reason))

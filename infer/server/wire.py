@@ -26,13 +26,15 @@ __all__ = [
     "Add",
     "Channel",
     "ChannelError",
+    "Embed",
     "Given",
     "Hello",
     "Refused",
     "Stats",
-    "Told",
     "ToApi",
     "ToEngine",
+    "Told",
+    "Vectors",
     "pack",
     "unpack",
 ]
@@ -64,6 +66,13 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     number: int
 
 
+class Embed(msgspec.Struct, tag=True, frozen=True):
+    """Make vectors of documents."""
+
+    number: int
+    documents: list[list[int]]
+
+
 class Hello(msgspec.Struct, tag=True, frozen=True):
     """The engine is ready.
 
@@ -89,6 +98,13 @@ class Given(msgspec.Struct, tag=True, frozen=True):
     event: Event
 
 
+class Vectors(msgspec.Struct, tag=True, frozen=True):
+    """One for each document."""
+
+    number: int
+    values: list[list[float]]
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """A prompt cannot be continued as asked."""
 
@@ -102,8 +118,8 @@ class Told(msgspec.Struct, tag=True, frozen=True):
     stats: Stats
 
 
-ToEngine = Add | Abort
-ToApi = Hello | Given | Refused | Told
+ToEngine = Add | Abort | Embed
+ToApi = Hello | Given | Vectors | Refused | Told
 
 pack = msgspec.msgpack.Encoder().encode
 

@@ -10,7 +10,21 @@ from infer.aio import AsyncEngine
 from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
-from infer.server.wire import Abort, Add, Channel, ChannelError, Given, Hello, Refused, Told, ToEngine, pack, unpack
+from infer.server.wire import (
+    Abort,
+    Add,
+    Channel,
+    ChannelError,
+    Embed,
+    Given,
+    Hello,
+    Refused,
+    ToEngine,
+    Told,
+    Vectors,
+    pack,
+    unpack,
+)
 
 __all__ = ["Worker"]
 
@@ -60,6 +74,8 @@ class Worker:
             order = unpack(await self._channel.receive(), ToEngine)
             if isinstance(order, Add):
                 self._tasks[order.number] = asyncio.create_task(self._continue(order))
+            elif isinstance(order, Embed):
+                self._tasks[order.number] = asyncio.create_task(self._embed(order))
             elif isinstance(order, Abort) and (task := self._tasks.get(order.number)) is not None:
                 task.cancel()
 
@@ -83,6 +99,17 @@ class Worker:
             self._channel.close()
         finally:
             self._tasks.pop(number, None)
+
+    async def _embed(self, order: Embed) -> None:
+        try:
+            self._channel.send(pack(Vectors(order.number, await self._engine.embed(order.documents))))
+        except RequestError as error:
+            self._channel.send(pack(Refused(order.number, list(error.problems))))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._failed = error
+            self._channel.close()
+        finally:
+            self._tasks.pop(order.number, None)
 
     async def _tell(self) -> None:
         before: Stats | None = None
