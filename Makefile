@@ -11,7 +11,7 @@ endef
 .PHONY: help env demo test lint types tests format bench clean
 
 help:
-	@echo "make demo   train a small model on 4 local ranks, export it, check it, let it write"
+	@echo "make demo   train a small model on 4 local ranks, export it, check it, let it write, serve it"
 	@echo "make test   lint, types and tests"
 	@echo "make bench  every benchmark, with the ratios it prints"
 	@echo "make env    only the environment, into .venv"
@@ -31,6 +31,7 @@ demo: env
 	$(BIN)/python examples/same_logits.py $(DEMO)/model
 	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --max-tokens 96 --prompt "$$PROMPT"
 	$(BIN)/python -m launch generate $(DEMO)/model --layout.tp 2 --layout.pp 2 --max-tokens 48 --prompts examples/prompts.txt
+	$(BIN)/python examples/talk_to_server.py $(DEMO)/model "import "
 	$(BIN)/python examples/plot_loss.py $(DEMO)
 
 test: lint types tests

@@ -23,6 +23,7 @@ COMMANDS: Registry[Command] = Registry(
         "reshard": "launch.reshard:main",
         "compare": "launch.compare:main",
         "generate": "launch.generate:main",
+        "serve": "launch.serve:main",
         "verify": "launch.verify:main",
         "draw": "launch.draw:main",
     },
@@ -36,6 +37,7 @@ USAGE = """lockstep: train and serve large transformers; the answer does not dep
   lockstep reshard RUN NEW_RUN --layout.dp 4 ...    a run's latest checkpoint, written by another layout
   lockstep compare ONE OTHER               are two checkpoints the same, bit for bit?
   lockstep generate MODEL_DIR --prompt TEXT [--layout.tp 2 ...]
+  lockstep serve MODEL_DIR [--port 8000 --layout.tp 2 ...]    OpenAI-compatible server
   lockstep verify MODEL_DIR_OR_RECIPE --layout.tp 2 ...    is this layout equal to one device?
   lockstep draw SCHEDULE [--stages 4 --microbatches 8 --out x.svg ...]    a pipeline schedule, simulated
 

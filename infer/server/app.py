@@ -1,0 +1,152 @@
+"""The application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from infer.server.auth import OPEN, Keys, RequireKey
+from infer.server.chat import chat
+from infer.server.codec import Codec
+from infer.server.completions import completions
+from infer.server.config import ServerConfig
+from infer.server.engine import ModelInfo, ServedEngine
+from infer.server.errors import ApiError
+from infer.server.exchange import Exchange, encode
+from infer.server.openapi import document
+from infer.server.server import Endpoint, Handler, Server
+from infer.server.texts import detokenize, embeddings, tokenize
+from parallel.errors import ConfigError, refuse
+
+__all__ = ["create_app", "create_metrics_app"]
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(engine: ServedEngine, model: ModelInfo, codec: Codec, config: ServerConfig | None = None) -> Starlette:
+    """An ASGI application that answers clients of OpenAI's interface.
+
+    Args:
+        engine: continues prompts; it embeds texts as well if it has ``embed``.
+        model: that it serves.
+        codec: of the model.
+        config: limits.
+
+    Returns:
+        the application. ``app.state.server`` is its :class:`~infer.server.server.Server`; ``app.state.drain()`` takes
+        no more requests from now on, ``await app.state.drained()`` waits for those under way, ``app.state.abort()``
+        ends them.
+
+    Raises:
+        ConfigError: limits that cannot be.
+    """
+    config = ServerConfig() if config is None else config
+    problems = list(config.problems())
+    if config.queue_tokens < model.context:
+        problems.append(f"queue_tokens = {config.queue_tokens}: fewer than the context of {model.context}")
+    if not model.names:
+        problems.append("names: a model needs one")
+    refuse(ConfigError, problems)
+    server = Server(engine, model, codec, config)
+    app = Starlette(
+        routes=list(_routes(server)),
+        middleware=[Middleware(RequireKey, keys=Keys(config.keys))],
+        exception_handlers={HTTPException: partial(_unrouted, server)},
+    )
+    app.router.redirect_slashes = False
+    app.state.server = server
+    app.state.drain, app.state.drained, app.state.abort = server.drain, server.drained, server.abort
+    return app
+
+
+def create_metrics_app(server: Server) -> Starlette:
+    """An application with nothing but /metrics, for an address of its own."""
+    endpoint = Endpoint(server, _metrics, "other", works=False)
+    handlers = {HTTPException: partial(_unrouted, server)}
+    return Starlette(routes=[Route("/metrics", endpoint, methods=["GET"])], exception_handlers=handlers)
+
+
+def _routes(server: Server) -> list[Route]:
+    def route(path: str, handler: Handler, name: str, method: str = "GET", *, works: bool = True) -> Route:
+        return Route(path, Endpoint(server, handler, name, works=works), methods=[method])
+
+    routes = [
+        route("/v1/models", _models, "models"),
+        route("/v1/models/{name:path}", _model, "models"),
+        route("/v1/completions", completions, "completions", "POST"),
+        route("/v1/chat/completions", chat, "chat", "POST"),
+        route("/v1/embeddings", embeddings, "embeddings", "POST"),
+        route("/tokenize", tokenize, "tokenize", "POST"),
+        route("/detokenize", detokenize, "detokenize", "POST"),
+        route(OPEN, _live, "health", works=False),
+        route("/health/ready", _ready, "health", works=False),
+        route("/version", _version, "other"),
+        route("/openapi.json", _openapi, "other"),
+    ]
+    return [*routes, route("/metrics", _metrics, "other", works=False)] if server.config.metrics else routes
+
+
+async def _models(server: Server, exchange: Exchange) -> None:
+    await exchange.json({"object": "list", "data": [_card(server, name) for name in server.model.names]})
+
+
+async def _model(server: Server, exchange: Exchange) -> None:
+    name = exchange.scope["path_params"]["name"]
+    if name not in server.model.names:
+        raise ApiError(404, "model: there is no model of this name", param="model", code="model_not_found")
+    await exchange.json(_card(server, name))
+
+
+def _card(server: Server, name: str) -> dict[str, Any]:
+    model = server.model
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "lockstep",
+        "max_model_len": model.context,
+    }
+
+
+async def _live(server: Server, exchange: Exchange) -> None:
+    await exchange.json({"status": "ok"})
+
+
+async def _ready(server: Server, exchange: Exchange) -> None:
+    if server.draining:
+        raise server.unavailable("the server is shutting down", "draining")
+    if not await server.ready():
+        raise server.unavailable("the engine makes no steps", "not_ready")
+    await exchange.json({"status": "ok"})
+
+
+async def _version(server: Server, exchange: Exchange) -> None:
+    await exchange.json({"version": server.model.version})
+
+
+async def _openapi(server: Server, exchange: Exchange) -> None:
+    await exchange.json(document(server.model.version, keys=bool(server.config.keys), metrics=server.config.metrics))
+
+
+async def _metrics(server: Server, exchange: Exchange) -> None:
+    lines = server.metrics.lines(
+        server.engine.stats(), server.admission, in_flight=server.in_flight, draining=server.draining
+    )
+    await exchange.text("\n".join(lines) + "\n", PROMETHEUS)
+
+
+async def _unrouted(server: Server, request: Request, error: Exception) -> Response:
+    """What is no route, or not by this method."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    messages = {404: "there is no such route", 405: "this route has other methods"}
+    answer = ApiError(status, messages.get(status, "an error"))
+    allowed = dict(getattr(error, "headers", None) or {})
+    server.metrics.count("other", status, "")
+    return Response(encode(answer.body()), status, headers=allowed, media_type="application/json")

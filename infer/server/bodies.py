@@ -1,0 +1,288 @@
+"""What clients send, and what it means to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+
+from infer.params import SamplingParams
+from infer.server.errors import ApiError, invalid, of_validation
+
+__all__ = [
+    "Body",
+    "ChatBody",
+    "CompletionBody",
+    "DetokenizeBody",
+    "EmbeddingBody",
+    "Message",
+    "Part",
+    "SamplingBody",
+    "StreamOptions",
+    "TokenizeBody",
+    "parse",
+]
+
+Whole = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Word = Annotated[str, Field(min_length=1, max_length=1024)]
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXTS: dict[str, Any] = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+Prompts = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "minLength": 1}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
+    ),
+]
+"""A text, texts, token ids, or lists of token ids; looked at by :mod:`infer.server.prompts`, as there may be many."""
+
+_BOTH: dict[str, tuple[Any, ...]] = {
+    "user": (),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+}
+
+
+class Body(BaseModel):
+    """What all bodies have in common: a field that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    """Of a stream: whether its last chunk tells the number of tokens."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class SamplingBody(Body):
+    """How the model is sampled; the names are those of :class:`~infer.params.SamplingParams`."""
+
+    model: Annotated[str, Field(max_length=512)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    temperature: Number | None = None
+    top_k: Whole | None = None
+    top_p: Number | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
+    allowed_tokens: Annotated[list[Token], Field(max_length=1 << 16)] | None = None
+    banned_tokens: Annotated[list[Token], Field(max_length=1 << 16)] | None = None
+    bad_words: Annotated[list[Word | list[Token]], Field(max_length=256)] | None = None
+    seed: Whole | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
+    stop_tokens: Annotated[list[Token], Field(max_length=256)] | None = None
+    include_stop: bool | None = None
+    ignore_eos: bool | None = None
+    n: Whole | None = None
+    best_of: Whole | None = None
+    beams: Whole | None = None
+    length_penalty: Number | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    logprobs_of: Literal["raw", "processed"] | None = None
+    skip_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _usage_is_of_a_stream(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options: only a stream has any; set stream", "stream_options")
+        return self
+
+    def params(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        """The same for the engine; temperature 1 unless it is given, or there are beams.
+
+        Args:
+            max_tokens: to generate.
+            logprobs, prompt_logprobs: to report.
+
+        Raises:
+            ApiError: a bias of something that is no token.
+        """
+        given: dict[str, Any] = {}
+        for name in _SAME:
+            value = getattr(self, name)
+            if value is not None:
+                given[name] = tuple(value) if isinstance(value, list) else value
+        if self.bad_words is not None:
+            given["bad_words"] = tuple(word if isinstance(word, str) else tuple(word) for word in self.bad_words)
+        if self.stop is not None:
+            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.logit_bias:
+            given["logit_bias"] = {_token(name): value for name, value in self.logit_bias.items()}
+        if (self.beams or 1) == 1:
+            given.setdefault("temperature", 1.0)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given)
+
+
+_ELSEWHERE = {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "bad_words"}
+_SAME = [name for name in SamplingBody.model_fields if name not in _ELSEWHERE]
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: Whole | None = None
+    add_special_tokens: bool | None = None
+
+
+class Part(Body):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=1024)]
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        absent = ("refusal", "audio", "tool_calls", "function_call")
+        if isinstance(value, dict):
+            return {name: own for name, own in value.items() if not (name in absent and own is None)}
+        return value
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it: the texts of the parts one after the other."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": self.role, "content": text, **named}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Scalar = str | bool | int | float | None
+_TAKEN = {"messages", "tools", "answer", "self", "add_generation_prompt"}
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = None
+    max_completion_tokens: Whole | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Scalar], Field(max_length=16)] | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _free_names(cls, value: dict[str, Scalar] | None) -> dict[str, Scalar] | None:
+        for name in value or {}:
+            if name in _TAKEN or name.endswith("_token") or not name.isidentifier():
+                raise invalid("chat_template_kwargs: a name that the server gives itself", "chat_template_kwargs")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs: set logprobs as well", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise invalid("max_tokens and max_completion_tokens contradict each other", "max_completion_tokens")
+        return self
+
+
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    model: Annotated[str, Field(max_length=512)]
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("give either prompt or messages", "prompt")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise invalid("add_special_tokens: a chat template says itself which it adds", "add_special_tokens")
+        if self.messages is None and self.add_generation_prompt is not None:
+            raise invalid("add_generation_prompt: only a conversation has one", "add_generation_prompt")
+        return self
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    tokens: Annotated[list[Token], Field(max_length=1 << 20)]
+
+
+_NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
+    CompletionBody: {**_BOTH, "suffix": ("",)},
+    ChatBody: {
+        **_BOTH,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "web_search_options": (),
+        "moderation": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+    },
+    EmbeddingBody: {"user": (), "dimensions": ()},
+}
+"""Fields of OpenAI's that this server does not honour, and with which values they ask for nothing (as null does)."""
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], value: dict[str, Any]) -> B:
+    """A body, looked at in full.
+
+    Raises:
+        ApiError: 400, with the name of what is wrong or not honoured.
+    """
+    neutral = _NEUTRAL.get(kind, {})
+    left = {}
+    for name, given in value.items():
+        if name not in neutral:
+            left[name] = given
+        elif given is not None and not any(type(own) is type(given) and own == given for own in neutral[name]):
+            raise invalid(f"{name}: this server does not do this", name, "unsupported_parameter")
+    try:
+        return kind.model_validate(left)
+    except ValidationError as error:
+        raise of_validation(error) from None
+
+
+def _token(name: str) -> int:
+    if not name.isascii() or not name.isdigit() or len(name) > 9:
+        raise ApiError(400, f"logit_bias: {name[:20]!r} is not a token id", param="logit_bias")
+    return int(name)

@@ -1,0 +1,154 @@
+"""From texts and conversations to tokens and back, off the event loop where it takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders
+
+from infer.chat import ChatTemplate
+from infer.server.errors import invalid
+from infer.text import Detokenizer
+
+__all__ = ["Codec", "Reader"]
+
+SHORT = 2000
+"""Characters that are encoded at once, without asking a thread."""
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Reader:
+    """Where the tokens of a text begin in it."""
+
+    def __init__(self, detokenizer: Detokenizer, context: Sequence[int], skip: bool) -> None:
+        self._stream, self.length = detokenizer.stream(skip_special_tokens=skip, context=context), 0
+
+    def place(self, token: int) -> int:
+        """Of the first character of the token that follows."""
+        before = self.length
+        self.length += len(self._stream.push(token))
+        return before
+
+
+class Codec:
+    """A model's tokenizer and chat template.
+
+    Args:
+        tokenizer: None: prompts are token ids, and there is no text.
+        template: None: there are no conversations.
+        documents: texts to the tokens of which vectors are made; None: as prompts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None = None,
+        *,
+        documents: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
+    ) -> None:
+        self.tokenizer, self.template, self._documents = tokenizer, template, documents
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._bytes: dict[int, bytes] = {}
+
+    async def encode(self, texts: Sequence[str], *, special: bool = True, param: str = "prompt") -> list[list[int]]:
+        """Token ids of texts.
+
+        Args:
+            texts: any.
+            special: with the special tokens that the tokenizer adds.
+            param: the field they come from.
+
+        Raises:
+            ApiError: there is no tokenizer.
+        """
+        tokenizer = self._needed(param)
+
+        def work() -> list[list[int]]:
+            return [tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
+
+        return work() if sum(map(len, texts)) <= SHORT else await asyncio.to_thread(work)
+
+    async def documents(self, texts: Sequence[str], param: str) -> list[list[int]]:
+        """Token ids of texts of which vectors are made.
+
+        Raises:
+            ApiError: there is no tokenizer.
+            RequestError, DataError: a text is too long.
+        """
+        if self._documents is None:
+            return await self.encode(texts, param=param)
+        return [list(ids) for ids in await asyncio.to_thread(self._documents, texts)]
+
+    async def conversation(
+        self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            ApiError: the model has no chat template or no tokenizer.
+            RequestError: the template refuses it.
+        """
+        template = self.template
+        if template is None:
+            raise invalid("messages: the model has no chat template; use /v1/completions", "messages")
+        tokenizer = self._needed("messages")
+
+        def work() -> list[int]:
+            text = template.render(messages, answer=answer, **(variables or {}))
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        return await asyncio.to_thread(work)
+
+    async def decode(self, tokens: Sequence[int], *, skip: bool = False) -> str:
+        """The text of tokens, with special tokens unless ``skip``; nothing if there is no tokenizer."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return ""
+
+        def work() -> str:
+            return tokenizer.decode(list(tokens), skip_special_tokens=skip)
+
+        return work() if len(tokens) <= SHORT else await asyncio.to_thread(work)
+
+    def reader(self, context: Sequence[int], *, skip: bool) -> Reader | None:
+        """Of a text that follows ``context``; None if there is no text."""
+        return None if self._detokenizer is None else Reader(self._detokenizer, context, skip)
+
+    def spell(self, token: int) -> tuple[str, bytes]:
+        """A token in the middle of a text: how it reads, and its bytes; what is not whole characters is spelled."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._look(token)
+        return found
+
+    def _look(self, token: int) -> bytes:
+        detokenizer = self._detokenizer
+        if detokenizer is None or self.tokenizer is None:
+            return f"token_id:{token}".encode()
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in detokenizer.special:
+            return name.encode()
+        if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
+            return detokenizer.bytes_of(token)
+        if match := _BYTE.fullmatch(name):
+            return bytes([int(match[1], 16)])
+        once = self.tokenizer.decode([token], skip_special_tokens=False)
+        return self.tokenizer.decode([token, token], skip_special_tokens=False)[len(once) :].encode()
+
+    def _needed(self, param: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise invalid(f"{param}: the model has no tokenizer; give token ids", param)
+        return self.tokenizer

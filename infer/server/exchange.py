@@ -1,0 +1,179 @@
+"""One request and its answer: reading a body within limits, writing JSON or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from infer.server.errors import ApiError, invalid
+
+__all__ = ["Exchange", "Left", "encode", "send_error", "send_json"]
+
+encode = msgspec.json.Encoder().encode
+DEEPEST = 64
+_JSON = b"application/json"
+
+
+class Left(Exception):
+    """The client is gone, or does not read."""
+
+
+async def send_json(send: Send, status: int, body: bytes, headers: Mapping[str, str], kind: bytes = _JSON) -> None:
+    """A whole answer."""
+    named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    fixed = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *named]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: ApiError, headers: Mapping[str, str] | None = None) -> None:
+    """A whole answer that is an error."""
+    await send_json(send, error.status, encode(error.body()), {**error.headers, **(headers or {})})
+
+
+class Exchange:
+    """A request that is being answered.
+
+    Args:
+        scope, receive, send: of ASGI.
+        id: of the answer.
+        write_s: longest wait for the client to read.
+
+    Attributes:
+        status: that was sent; 0: none yet.
+        outcome: for statistics, where the status does not say it.
+        began: whether the answer has begun.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, id: str, write_s: float) -> None:
+        self.scope, self.receive, self.id = scope, receive, id
+        self.status, self.outcome = 0, ""
+        self._send, self._write_s = send, write_s
+        self._headers = {"x-request-id": id, "cache-control": "no-store"}
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was sent."""
+        return self.status != 0
+
+    @property
+    def salt(self) -> bytes:
+        """What separates the caches of who asks."""
+        return self.scope.get("state", {}).get("salt", b"")
+
+    def header(self, name: bytes) -> bytes:
+        """The only header of this name, or nothing."""
+        found = [value for own, value in self.scope["headers"] if own.lower() == name]
+        return found[0] if len(found) == 1 else b""
+
+    async def body(self, most: int, seconds: float) -> dict[str, Any]:
+        """The JSON object that was sent.
+
+        Args:
+            most: bytes.
+            seconds: in which it must arrive.
+
+        Raises:
+            ApiError: it is too large, too slow, or no JSON object.
+            Left: the client is gone.
+        """
+        if self.header(b"content-type").partition(b";")[0].strip().lower() != _JSON:
+            raise invalid("the body must be JSON: Content-Type: application/json")
+        length = self.header(b"content-length")
+        if length.isdigit() and (len(length) > 18 or int(length) > most):
+            raise _too_large(most)
+        data = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                more = True
+                while more:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise Left
+                    data += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(data) > most:
+                        raise _too_large(most)
+        except TimeoutError:
+            late = f"the body did not arrive within {seconds:g} s"
+            raise ApiError(408, late, headers={"connection": "close"}) from None
+        return _object(data)
+
+    async def write(self, message: Message) -> None:
+        """Send a part of the answer.
+
+        Raises:
+            Left: the client does not read, or is gone.
+        """
+        try:
+            async with asyncio.timeout(self._write_s):
+                await self._send(message)
+        except (TimeoutError, OSError):
+            self.outcome = "gone"
+            raise Left from None
+
+    async def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """Answer with a value."""
+        body = encode(value)
+        self.status = status
+        await send_json(self.write, status, body, {**self._headers, **(headers or {})})
+
+    async def text(self, text: str, kind: str) -> None:
+        """Answer with a text."""
+        self.status = 200
+        await send_json(self.write, 200, text.encode(), self._headers, kind.encode())
+
+    async def event(self, value: Any) -> None:
+        """Answer with one event more."""
+        if not self.began:
+            self.status = 200
+            kind = {**self._headers, "content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
+            headers = [(name.encode(), text.encode()) for name, text in kind.items()]
+            await self.write({"type": "http.response.start", "status": 200, "headers": headers})
+        await self.write({"type": "http.response.body", "body": b"data: %b\n\n" % encode(value), "more_body": True})
+
+    async def done(self) -> None:
+        """The last event."""
+        await self.write({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with an error; if the answer has begun, as its last event."""
+        if self.began:
+            await self.event(error.body())
+            await self.write({"type": "http.response.body", "body": b""})
+            return
+        self.status = error.status
+        await send_error(self.write, error, self._headers)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", headers={"connection": "close"})
+
+
+def _object(data: bytearray) -> dict[str, Any]:
+    try:
+        value = msgspec.json.decode(data)
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise invalid("the body is not JSON") from None
+    if not isinstance(value, dict):
+        raise invalid("the body must be a JSON object")
+    if not _shallow(value):
+        raise invalid("the body is nested too deeply")
+    return value
+
+
+def _shallow(value: Any) -> bool:
+    """Whether nothing is deeper than :data:`DEEPEST`."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return True
+    return False

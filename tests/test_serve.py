@@ -1,0 +1,209 @@
+"""``lockstep serve`` as it is started by people: texts, layouts, killed and stopped engines, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from test_llm import LLAMA
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from infer import LLM, SamplingParams
+from parallel.hf import save_model
+from parallel.mesh import Mesh
+from parallel.models.build import Build
+from parallel.models.decoder import build_model
+
+LIMITS = ("--engine.cache.memory-gib", "0.02")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads and writes bytes."""
+    place = tmp_path_factory.mktemp("served") / "bytes"
+    config = dataclasses.replace(LLAMA, vocabulary=257, max_positions=512)
+    save_model(build_model(config, Build(mesh=Mesh.single()), seed=3), Mesh.single(), place)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(place / "tokenizer.json"))
+    return place
+
+
+class Server:
+    """One that is running."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "launch", "serve", str(folder), "--port", "0", *LIMITS, *options]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.address = self.awaited(r"(http://\S+) is ready")[1]
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60)
+        self.model = next(iter(self.client.models.list())).id
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def awaited(self, pattern: str, seconds: float = 60.0, after: int = 0) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in self.lines[after:]:
+                if found := re.search(pattern, line):
+                    return found
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"{pattern!r} did not come: {''.join(self.lines)}")
+
+    def text(self, prompt: str, tokens: int = 16) -> str:
+        options = {"max_tokens": tokens, "temperature": 0}
+        return self.client.completions.create(model=self.model, prompt=prompt, **options).choices[0].text
+
+    def engines(self) -> list[int]:
+        """Processes that the server has started, and theirs."""
+        found, todo = [], [self.process.pid]
+        while todo:
+            parent = todo.pop()
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{parent}/task").iterdir():
+                    children = [int(child) for child in (task / "children").read_text().split()]
+                    found += children
+                    todo += children
+        return found
+
+    def stop(self) -> int:
+        engines = self.engines()
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(30)
+        assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()], "a process is left"
+        return code
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Server]:
+    server = Server(folder, *options)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def expected(folder: Path, prompt: str, tokens: int = 16) -> str:
+    return LLM(folder).generate([prompt], SamplingParams(max_tokens=tokens))[0].text
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_texts_are_those_of_the_library_at_every_layout(folder: Path, axis: str) -> None:
+    with serving(folder, f"--layout.{axis}", "2") as server:
+        for prompt in ("def f(", "class Ü:\n"):
+            want = expected(folder, prompt)
+            assert server.text(prompt) == want
+            options = {"max_tokens": 16, "temperature": 0, "stream": True}
+            stream = server.client.completions.create(model=server.model, prompt=prompt, **options)
+            assert "".join(piece.choices[0].text for piece in stream if piece.choices) == want
+        with pytest.raises(openai.BadRequestError, match="512"):
+            server.text("x" * 600)
+        assert server.stop() == 0
+
+
+def ready(server: Server) -> int:
+    try:
+        with urllib.request.urlopen(f"{server.address}/health/ready", timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_an_engine_that_stands_still_is_not_ready(folder: Path) -> None:
+    with serving(folder, "--http.ping-s", "0.5") as server:
+        assert ready(server) == 200
+        for pid in server.engines():
+            os.kill(pid, signal.SIGSTOP)
+        assert ready(server) == 503
+        for pid in server.engines():
+            os.kill(pid, signal.SIGCONT)
+        end = time.monotonic() + 10
+        while ready(server) != 200:
+            assert time.monotonic() < end
+        assert server.stop() == 0
+
+
+def test_a_killed_engine_is_told_and_started_again(folder: Path) -> None:
+    with serving(folder) as server:
+        stream = server.client.completions.create(
+            model=server.model, prompt="a", max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        said = len(server.lines)
+        began = time.monotonic()
+        for pid in server.engines():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with pytest.raises(openai.APIError):
+            for _ in stream:
+                pass
+        assert time.monotonic() - began < 2.0
+        server.awaited("started again", after=said)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            with contextlib.suppress(openai.InternalServerError):
+                assert server.text("def f(") == expected(folder, "def f(")
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("the engine did not come back")
+        assert server.stop() == 0
+
+
+def test_sigterm_lets_requests_in_flight_finish(folder: Path) -> None:
+    with serving(folder) as server:
+        got: list[str] = []
+        options = {"max_tokens": 400, "temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
+        stream = server.client.completions.create(model=server.model, prompt="a", **options)
+        got.append(next(iter(stream)).choices[0].text)
+        waiting = threading.Thread(target=lambda: got.extend(p.choices[0].text for p in stream if p.choices))
+        waiting.start()
+        assert server.stop() == 0
+        waiting.join(10)
+        assert "".join(got) == LLM(folder).generate(["a"], SamplingParams(max_tokens=400, ignore_eos=True))[0].text
+
+
+def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+    for arguments, text in (
+        ((str(tmp_path),), str(tmp_path)),
+        ((str(folder), "--layout.tp", "3"), "tp"),
+        ((str(folder), "--port", "70000"), "port = 70000"),
+        ((str(folder), "--layout.dp", "2"), "replicas are not served yet"),
+        ((str(folder), "--engine.cache.memory-gib", "0.0001"), "not enough memory for one sequence"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "serve", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert text in done.stderr
