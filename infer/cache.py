@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,15 +195,19 @@ class KVCache:
         return dataclasses.replace(sizing, lines=(f"attention: {self.backend}", *self.notes, *sizing.lines))
 
     def allocate(self, pages: Sequence[int], host_pages: Sequence[int] | None = None) -> None:
-        """Take memory for so many pages of each group; they hold zeros. Host pages are pinned where there is a GPU."""
+        """Take memory for so many pages of each group; they hold zeros. Host pages are pinned where there is a GPU.
+
+        On a CPU the system gives a page of it when that is first written to.
+        """
         device, counts = self.mesh.device, tuple(host_pages) if host_pages else (0,) * len(self.groups)
         if len(pages) != len(self.groups) or len(counts) != len(self.groups):
             raise ConfigError(f"pages of {len(self.groups)} groups are to be given, not {list(pages)}, {list(counts)}")
         sizes = [self.bytes_per_page(group) for group in range(len(self.groups))]
-        make = lambda n, size, **where: torch.zeros(n, size, dtype=torch.uint8, **where)  # noqa: E731
-        self.raw = tuple(make(n, size, device=device) for n, size in zip(pages, sizes, strict=True))
-        pin = device.type == "cuda"
-        self.host = tuple(make(n, size, pin_memory=pin) for n, size in zip(counts, sizes, strict=True))
+        cuda = device.type == "cuda"
+        make = functools.partial(torch.zeros, dtype=torch.uint8, device=device) if cuda else _untouched
+        self.raw = tuple(make(n, size) for n, size in zip(pages, sizes, strict=True))
+        make = functools.partial(torch.zeros, dtype=torch.uint8, pin_memory=True) if cuda else _untouched
+        self.host = tuple(make(n, size) for n, size in zip(counts, sizes, strict=True))
         for group in range(len(self.groups)):
             self._point(group)
 
@@ -286,6 +293,16 @@ class KVCache:
             if layer in self._cores:
                 k_scale, v_scale = (None, None) if scales is None else (scales[:, index, 0], scales[:, index, 1])
                 self._cores[layer].pages = Pages(values[:, index, 0], values[:, index, 1], k_scale, v_scale)
+
+
+def _untouched(count: int, size: int) -> Tensor:
+    """Zeros (count, size) in bytes that the system has only promised."""
+    if not count * size or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(count, size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(count, size)
 
 
 def _groups(model: DecoderConfig, held: Iterable[int]) -> tuple[LayerGroup, ...]:
