@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from parallel.comm import apply
+from parallel.kernels.inference import rotate_
 
 __all__ = ["rotary", "rotary_", "rotary_reference"]
 
@@ -75,6 +76,8 @@ def _rotate_(x_TO: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotary_(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     """:func:`rotary_reference` of the first ``heads`` heads of (T, heads and more x H), in place."""
+    if rotate_(x_TO, heads, cos_TH, sin_TH):
+        return x_TO
     return apply(_RotaryInPlace, x_TO, heads, cos_TH, sin_TH)
 
 

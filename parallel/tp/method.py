@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.kernels.inference import Panels
 from parallel.kernels.product import linear_product, pack, packed_product
 
 __all__ = ["Dense", "LinearMethod", "LinearProduct", "Packed"]
@@ -55,7 +56,7 @@ class Packed(Dense):
     """A weight that is only multiplied with: after :meth:`finish` in the order in which the processor does so."""
 
     def __init__(self) -> None:
-        self._packed: Tensor | None = None
+        self._packed: Tensor | Panels | None = None
 
     def finish(self, weight: Tensor, *, keep: bool) -> None:
         """The weight is loaded.

@@ -1,0 +1,247 @@
+/* What a model computes besides attention where no gradient is recorded: products, RMSNorm, rotation, SwiGLU.
+ *
+ * A row's bits depend neither on the other rows nor on the number of threads: threads share out rows and columns, never
+ * a sum, and every sum runs in the same order. Values are float or bfloat16 (`half`), computed in float; what is rounded
+ * to bfloat16, and when, is as in the torch forms beside this file, so this is compiled with -ffp-contract=off. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __AVX512F__
+#define WIDTH 64
+enum { PER_ROW = 4 }; /* vectors of a row that a tile sums at once */
+#else
+#define WIDTH 32
+enum { PER_ROW = 2 };
+#endif
+enum { LANES = WIDTH / 4, PANEL = PER_ROW * LANES, TILE = 6, STEPS = 704, BLOCK = 96, LINE = 64 };
+typedef float vec __attribute__((vector_size(WIDTH)));
+typedef int32_t ivec __attribute__((vector_size(WIDTH)));
+typedef uint32_t uvec __attribute__((vector_size(WIDTH)));
+typedef float floats __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(WIDTH / 2), aligned(2), may_alias));
+#define AT(pointer) (*(floats *)(pointer))
+#ifdef __AVX2__
+#define KEEP(v) __asm__("" : "+v"(v)) /* in a register: gcc would rather load it again */
+#else
+#define KEEP(v)
+#endif
+
+#if defined(__AVX512F__)
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vec all(float x) { return (vec)_mm512_set1_ps(x); }
+#elif defined(__AVX2__) && defined(__FMA__)
+INLINE vec fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec all(float x) { return (vec)_mm256_set1_ps(x); }
+#else
+INLINE vec fused(vec a, vec b, vec c) { return a * b + c; }
+INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x}; }
+#endif
+
+INLINE uvec to_bf16(vec v) { /* to nearest, ties to even */
+    uvec bits = (uvec)v, nan = (uvec)(v != v);
+    return (((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & ~nan) | (nan & 0x7fc0);
+}
+
+INLINE vec settle(vec v, int half) { return half ? (vec)(to_bf16(v) << 16) : v; }
+
+/* Up to LANES values from element i on; those behind n are 0. */
+INLINE vec load(const void *from, int64_t i, int64_t n, int half) {
+    const char *at = (const char *)from + i * (half ? 2 : 4);
+    uint32_t some[LANES] = {0};
+    if (n - i < LANES) at = memcpy(some, at, (size_t)(n - i) * (half ? 2 : 4));
+    return half ? (vec)(__builtin_convertvector(*(halves *)at, uvec) << 16) : (vec)AT(at);
+}
+
+INLINE void store(void *to, int64_t i, int64_t n, int half, vec v) {
+    char *at = (char *)to + i * (half ? 2 : 4);
+    uint32_t some[LANES];
+    char *into = n - i < LANES ? (char *)some : at;
+    if (half) *(halves *)into = __builtin_convertvector(to_bf16(v), halves);
+    else AT(into) = (floats)v;
+    if (n - i < LANES) memcpy(at, some, (size_t)(n - i) * (half ? 2 : 4));
+}
+
+/* Do `call` for all rows r, with threads where that pays; the compiler makes a version for each precision. */
+#define ROWS(work, least, call)                                                      \
+    if (half) { enum { HALF = 1 }; SHARE(work, least) for (int64_t r = 0; r < rows; r++) call; } \
+    else { enum { HALF = 0 }; SHARE(work, least) for (int64_t r = 0; r < rows; r++) call; }
+#define PRAGMA(text) _Pragma(#text)
+#define SHARE(work, least) PRAGMA(omp parallel for schedule(static) num_threads((int)threads) if ((work) > (least)))
+
+INLINE void norm_row(const char *x, const char *weight, char *out, int64_t n, float eps, int half) {
+    vec sums = {0};
+    float sum = 0;
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec v = load(x, i, n, half);
+        sums = fused(v, v, sums);
+    }
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    float scale = 1 / sqrtf(sum / (float)n + eps);
+    for (int64_t i = 0; i < n; i += LANES)
+        store(out, i, n, half, settle(load(x, i, n, half) * scale, half) * load(weight, i, n, half));
+}
+
+void inference_norm(const char *x, const char *weight, char *out, int64_t rows, int64_t n, float eps, int64_t half,
+                    int64_t threads) {
+    int64_t step = n * (half ? 2 : 4);
+    ROWS(rows * n, 32768, norm_row(x + r * step, weight, out + r * step, n, eps, HALF))
+}
+
+/* The halves of each of a row's first heads against each other; n is the size of half a head. */
+INLINE void rotate_row(char *x, const float *cosine, const float *sine, int64_t heads, int64_t n, int half) {
+    for (int64_t h = 0; h < heads; h++) {
+        char *first = x + 2 * h * n * (half ? 2 : 4), *second = first + n * (half ? 2 : 4);
+        for (int64_t i = 0; i < n; i += LANES) {
+            vec a = load(first, i, n, half), b = load(second, i, n, half);
+            vec c = settle(load(cosine, i, n, 0), half), s = settle(load(sine, i, n, 0), half);
+            store(first, i, n, half, fused(-b, s, settle(a * c, half)));
+            store(second, i, n, half, fused(a, s, settle(b * c, half)));
+        }
+    }
+}
+
+void inference_rotate(char *x, const float *cosine, const float *sine, int64_t rows, int64_t width, int64_t heads,
+                      int64_t n, int64_t half, int64_t threads) {
+    int64_t step = width * (half ? 2 : 4);
+    ROWS(rows * heads * n, 16384, rotate_row(x + r * step, cosine + r * n, sine + r * n, heads, n, HALF))
+}
+
+/* x / (1 + e^-x), by e^-|x|: a power of two times the series of e^f, |f| <= ln(2) / 2. NaN stays NaN. */
+INLINE vec silu(vec x) {
+    static const float c[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    const float magic = 12582912; /* adding it rounds to a whole number, in the low bits */
+    vec t = (vec)((ivec)x | INT32_MIN);
+    vec whole = fused(t, all(1.44269504f), all(magic)), n = whole - magic;
+    vec f = fused(n, all(-0.693359375f), t), y = all(1.0f / 5040);
+    f = fused(n, all(2.12194440e-4f), f);
+    for (int i = 0; i < 7; i++) y = fused(y, f, all(c[i]));
+    y = (vec)(((ivec)y + ((ivec)whole << 23)) & ~(t < -87));
+    ivec below = x < 0;
+    vec over = (vec)((below & (ivec)(x * y)) | (~below & (ivec)x));
+    return over / (y + 1);
+}
+
+INLINE void swiglu_row(const char *gate, char *out, int64_t n, int half) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec a = settle(silu(load(gate, i, n, half)), half);
+        store(out, i, n, half, a * load(gate + n * (half ? 2 : 4), i, n, half));
+    }
+}
+
+void inference_swiglu(const char *x, char *out, int64_t rows, int64_t n, int64_t half, int64_t threads) {
+    int64_t step = n * (half ? 2 : 4);
+    ROWS(rows * n, 8192, swiglu_row(x + 2 * r * step, out + r * step, n, HALF))
+}
+
+/* Columns of a panel of weights; 0 where such products are left to others. In bfloat16 that is where the processor has
+ * no products of pairs, or has matrix units, which nothing here uses. */
+int64_t inference_panel(int64_t half) {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+    const int64_t single = 1;
+#else
+    const int64_t single = 0;
+#endif
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    const int64_t pairs = 1;
+#else
+    const int64_t pairs = 0;
+#endif
+    return (half ? pairs : single) * PANEL;
+}
+
+#ifdef __AVX512BF16__
+INLINE vec pairs(const char *x, vec w, vec sum) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+}
+#else
+INLINE vec pairs(const char *x, vec w, vec sum) { return x == 0 ? w : sum; } /* not called */
+#endif
+
+#define UNROLL _Pragma("GCC unroll 8") /* or gcc keeps the sums in memory as well */
+
+/* Add `n` steps to the sums of up to TILE rows and a panel. A step is one value of a row, or in bfloat16 a pair; either
+ * way four bytes, and LANES of them a vector of weights. `lines` of each step's prefetches go to `ahead`. */
+INLINE void add_tile(const char *x, int64_t row, const char *w, int64_t n, float *sums, const char *ahead, int rows,
+                     int lines, int half) {
+    vec a[TILE][PER_ROW];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < PER_ROW; i++) a[r][i] = AT(sums + r * PANEL + i * LANES);
+    for (int64_t k = 0; k < n; k++) {
+        vec b[PER_ROW];
+        UNROLL for (int i = 0; i < PER_ROW; i++) {
+            b[i] = (vec)AT(w + (k * PER_ROW + i) * WIDTH);
+            KEEP(b[i]);
+        }
+        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * LINE, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const char *at = x + r * row + k * 4;
+            UNROLL for (int i = 0; i < PER_ROW; i++)
+                a[r][i] = half ? pairs(at, b[i], a[r][i]) : fused(b[i], all(*(const float *)at), a[r][i]);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < PER_ROW; i++) AT(sums + r * PANEL + i * LANES) = a[r][i];
+}
+
+#define TILES(R, L) case R * 4 + L: add_tile(x, row, w, n, sums, ahead, R, L, half); break;
+#define ANY(R) TILES(R, 0) TILES(R, 1) TILES(R, 2)
+INLINE void add_rows(const char *x, int64_t row, const char *w, int64_t n, float *sums, const char *ahead,
+                     int64_t rows, int64_t lines, int half) {
+    switch (rows * 4 + lines) { ANY(1) ANY(2) ANY(3) ANY(4) ANY(5) ANY(6) }
+}
+
+static void add_floats(const char *x, int64_t row, const char *w, int64_t n, float *sums, const char *ahead,
+                       int64_t rows, int64_t lines) {
+    add_rows(x, row, w, n, sums, ahead, rows, lines, 0);
+}
+
+static void add_pairs(const char *x, int64_t row, const char *w, int64_t n, float *sums, const char *ahead,
+                      int64_t rows, int64_t lines) {
+    add_rows(x, row, w, n, sums, ahead, rows, lines, 1);
+}
+
+/* Some rows times one panel. While the tiles of rows go over some steps, which then lie in the second cache, the next
+ * steps of weights are fetched to there; one tile alone the processor keeps fed by itself. */
+static void multiply(const char *x, int64_t row, const char *w, int64_t rows, int64_t steps, float *sums, int half) {
+    int64_t tiles = (rows + TILE - 1) / TILE, total = PANEL * 4 / LINE;
+    int64_t lines = tiles == 1 ? 0 : (total + tiles - 1) / tiles;
+    memset(sums, 0, (size_t)(rows * PANEL) * sizeof(float));
+    for (int64_t k = 0, n; k < steps; k += n) {
+        n = steps - k < STEPS ? steps - k : STEPS;
+        const char *here = w + k * PANEL * 4, *next = here + n * PANEL * 4;
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first, asked = t * lines;
+            (half ? add_pairs : add_floats)(x + first * row + k * 4, row, here, n, sums + first * PANEL,
+                                            next + asked * n * LINE, count, asked < total ? lines : 0);
+        }
+    }
+}
+
+/* (rows, 4-byte steps) times panels of weights, plus a bias that may be null, to (rows, columns). */
+void inference_product(const char *x, const char *panels, const char *bias, char *out, int64_t rows, int64_t steps,
+                       int64_t columns, int64_t half, int64_t threads) {
+    int64_t count = (columns + PANEL - 1) / PANEL, blocks = (rows + BLOCK - 1) / BLOCK, size = half ? 2 : 4;
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+    for (int64_t unit = 0; unit < count * blocks; unit++) {
+        int64_t p = unit % count, block = unit / count, first = rows * block / blocks;
+        int64_t some = rows * (block + 1) / blocks - first, begin = p * PANEL;
+        int64_t n = columns - begin < PANEL ? columns - begin : PANEL;
+        float sums[BLOCK * PANEL] __attribute__((aligned(WIDTH)));
+        multiply(x + first * steps * 4, steps * 4, panels + p * steps * PANEL * 4, some, steps, sums, (int)half);
+        for (int64_t r = 0; r < some; r++)
+            for (int64_t i = 0; i < n; i += LANES) {
+                vec v = AT(sums + r * PANEL + i);
+                if (bias) v += half ? load(bias + begin * size, i, n, 1) : load(bias + begin * size, i, n, 0);
+                char *to = out + ((first + r) * columns + begin) * size;
+                if (half) store(to, i, n, 1, v);
+                else store(to, i, n, 0, v);
+            }
+    }
+}
