@@ -30,6 +30,7 @@ from report import Claim, add_report_options, finish, table
 from infer import LLM, EngineConfig, SamplingParams
 from infer.cache import CacheConfig
 from infer.policy import SchedulerConfig
+from launch.memory import keep_freed_memory
 from parallel.hf import save_model
 from parallel.mesh import Mesh
 from parallel.models.build import Build
@@ -206,6 +207,7 @@ def main() -> int:
     add_report_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     warnings.filterwarnings("ignore")
     claims: list[Claim] = []
     details: list[dict[str, Any]] = []

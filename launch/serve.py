@@ -26,13 +26,8 @@ from infer.build import build_engine, load_text
 from infer.chat import ChatTemplate
 from infer.limits import Limits
 from infer.lockstep import Replica
-from infer.server.app import create_app
-from infer.server.client import RemoteEngine
-from infer.server.codec import Codec
 from infer.server.config import ServerConfig
 from infer.server.engine import ModelInfo
-from infer.server.wire import KEY_BYTES, Channel, Hello
-from infer.server.worker import Worker
 from launch.cli import help_text, positionals
 from launch.ranks import on_ranks
 from launch.recipe import PRECISIONS, Precision, layout_refusals
@@ -42,6 +37,18 @@ from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout, Mesh
 from parallel.pp import partition
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+
+    from infer.server.app import create_app
+    from infer.server.client import RemoteEngine
+    from infer.server.codec import Codec
+    from infer.server.wire import KEY_BYTES, Channel, Hello
+    from infer.server.worker import Worker
+except ModuleNotFoundError as missing:
+    raise ConfigError(f"serve: {missing.name} is not installed; pip install 'lockstep[serve]'") from None
 
 __all__ = ["main"]
 
@@ -157,12 +164,15 @@ def _template(folder: Path) -> ChatTemplate | None:
         return None
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def _listening(host: str, port: int, unread_s: float) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(f"host = {host!r}, port = {port}: {error.strerror or error}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have it from here: who does not read for so long is gone
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * unread_s))
+    return listener
 
 
 async def _serve(config: ServeConfig, folder: Path, arguments: list[str]) -> int:
@@ -170,7 +180,10 @@ async def _serve(config: ServeConfig, folder: Path, arguments: list[str]) -> int
     key = secrets.token_bytes(KEY_BYTES)
     remote = RemoteEngine(key, version("lockstep"))
     remote.refused = lambda reason: _say(f"an engine was refused: {reason}")
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as name, _listening(config.host, config.port) as listener:
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-") as name,
+        _listening(config.host, config.port, config.http.write_s) as listener,
+    ):
         place = Path(name)
         with os.fdopen(os.open(place / _KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(key)
@@ -185,17 +198,9 @@ async def _works(remote: RemoteEngine) -> bool | None:
     return None if remote.hello is None else await remote.ping(10.0)
 
 
-async def _until_told(
-    config: ServeConfig, folder: Path, remote: RemoteEngine, supervisor: Supervisor, listener: socket.socket
-) -> int:
-    import uvicorn
-
-    began, loop = time.monotonic(), asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
-    model = read_config(folder).resolved()
-    limits = Limits.of(folder, model, context=config.engine.context, text=True)
+def _app(config: ServeConfig, folder: Path, remote: RemoteEngine) -> Starlette:
+    """What answers clients."""
+    limits = Limits.of(folder, read_config(folder).resolved(), context=config.engine.context, text=True)
     info = ModelInfo(
         names=config.names or (folder.resolve().name,),
         context=limits.context,
@@ -205,35 +210,29 @@ async def _until_told(
     )
     app = create_app(remote, info, Codec(load_text(folder), _template(folder)), config.http)
     app.state.server.failed = _unexpected
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", http="h11", timeout_keep_alive=5, ws="none"
-        )
-    )
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    return app
+
+
+async def _until_told(
+    config: ServeConfig, folder: Path, remote: RemoteEngine, supervisor: Supervisor, listener: socket.socket
+) -> int:
+    """Serve until a signal, or until the engine refuses to be."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+    app = _app(config, folder, remote)
+    options = {"log_level": "warning", "access_log": False, "lifespan": "off", "http": "h11", "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=5, **options))
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engine = asyncio.create_task(supervisor.run())
     told = asyncio.create_task(signals.get())
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    async def announce() -> None:
-        hello = await remote.ready()
-        for line in hello.notes:
-            _say(line)
-        _say(f"{address} is ready after {time.monotonic() - began:.1f} s")
-
-    announcing = asyncio.create_task(announce())
+    announcing = asyncio.create_task(_announce(remote, listener))
     await asyncio.wait([serving, engine, told], return_when=asyncio.FIRST_COMPLETED)
     code = engine.result() if engine.done() else 0
     if told.done():
         _say(f"{signal.Signals(told.result()).name}: requests in flight may finish, for {config.drain_s:g} s")
-        again = asyncio.create_task(signals.get())
-        app.state.drain()
-        drained = asyncio.create_task(app.state.drained())
-        await asyncio.wait([drained, again], timeout=config.drain_s, return_when=asyncio.FIRST_COMPLETED)
-        app.state.abort()
-        await asyncio.wait([drained], timeout=2.0)
+        await _drained(app, asyncio.create_task(signals.get()), config.drain_s)
     for task in (announcing, told):
         task.cancel()
     server.should_exit = True
@@ -241,6 +240,26 @@ async def _until_told(
     await supervisor.stop(grace_s=5.0)
     await asyncio.wait([serving, engine], timeout=5.0)
     return code
+
+
+async def _announce(remote: RemoteEngine, listener: socket.socket) -> None:
+    """Say where the server is, once there is an engine."""
+    began = time.monotonic()
+    hello = await remote.ready()
+    for line in hello.notes:
+        _say(line)
+    host, port = listener.getsockname()[:2]
+    _say(f"http://{f'[{host}]' if ':' in host else host}:{port} is ready after {time.monotonic() - began:.1f} s")
+
+
+async def _drained(app: Starlette, again: asyncio.Task[int], seconds: float) -> None:
+    """Requests in flight have ended: by themselves, or because of a second signal or the time."""
+    app.state.drain()
+    drained = asyncio.create_task(app.state.drained())
+    await asyncio.wait([drained, again], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    app.state.abort()
+    await asyncio.wait([drained], timeout=2.0)
+    again.cancel()
 
 
 def _unexpected(error: BaseException) -> None:
