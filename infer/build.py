@@ -100,6 +100,7 @@ def build_engine(
         config=config.cache,
         layers=list(cut.layers),
     )
+    recording = records_graphs(config, cache, mesh)
     build = Build(mesh=mesh, dtype=dtype, attention=cache.core, linear=_packed, cuts=(cut,))
     model = load_model(folder, build).eval()
     finish(model)
@@ -109,16 +110,9 @@ def build_engine(
     host_pages = [_least(count, mesh) for count in sizing.host_pages]
     cache.allocate(pages, host_pages)
     graphs = None
-    if records_graphs(config, cache, mesh):
+    if recording:
         pages = [count - 1 for count in pages]  # the last is nobody's
-        graphs = Graphs(
-            model,
-            most=config.scheduler.requests,
-            columns=[-(-limits.context // config.scheduler.page_size)] * len(pages),
-            scratch=pages,
-            page_size=config.scheduler.page_size,
-            device=mesh.device,
-        )
+        graphs = _graphs(model, config, limits, pages, mesh)
     groups = [
         PageGroup(group.window, count, host, cost=_cost(cache.bytes_per_page(index), model))
         for index, (group, count, host) in enumerate(zip(cache.groups, pages, host_pages, strict=True))
@@ -131,6 +125,18 @@ def build_engine(
     scheduler = Scheduler(config.scheduler, groups, disk)
     embedder = Embedder(folder, model, tokenizer)
     return Engine(scheduler, runner, limits, detokenizer, overlap=overlap, embedder=embedder), sizing
+
+
+def _graphs(model: Decoder, config: EngineConfig, limits: Limits, scratch: list[int], mesh: Mesh) -> Graphs:
+    page_size = config.scheduler.page_size
+    return Graphs(
+        model,
+        most=config.scheduler.requests,
+        columns=[-(-limits.context // page_size)] * len(scratch),
+        scratch=scratch,
+        page_size=page_size,
+        device=mesh.device,
+    )
 
 
 def records_graphs(config: EngineConfig, cache: KVCache, mesh: Mesh) -> bool:

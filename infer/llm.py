@@ -65,12 +65,14 @@ class LLM:
         self._engine: Engine | None = None
         if isinstance(read_config(self.folder, encoders=True), EncoderConfig):
             model = load_model(self.folder, Build(mesh=self.mesh, dtype=dtype), encoders=True).eval()
+            embedder = Embedder(self.folder, model, self.tokenizer)
         else:
             self._engine, sizing = build_engine(
                 self.folder, self.mesh, dtype, self.config, tokenizer=self.tokenizer, ranks=ranks
             )
-            model, self.notes = self._engine.runner.model, sizing.lines
-        self.embed = Embedder(self.folder, model, self.tokenizer)
+            embedder, self.notes = self._engine.embedder, sizing.lines
+            assert embedder is not None
+        self.embed = embedder
 
     @property
     def engine(self) -> Engine:
