@@ -15,7 +15,7 @@ from parallel.registry import Registry
 __all__ = ["BACKENDS", "Backend", "Pages", "choose"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Pages:
     """The pages of one layer: P pages of S tokens of K key-value heads of size H. Views into a cache.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class CpuAttention:
     def __init__(self, folder: Path | None = None, compilers: tuple[str, ...] = COMPILERS) -> None:
         self._folder, self._compilers = folder, compilers
         self._entries: dict[bool, ctypes._NamedFuncPointer] = {}
+        self._jobs: WeakKeyDictionary[Pages, _Job] = WeakKeyDictionary()
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve; compiles where that was never done."""
@@ -75,6 +77,21 @@ class CpuAttention:
             self._entries[wide] = library.paged_attention
         return self._entries[wide]
 
+    def _job(self, pages: Pages) -> _Job:
+        """With what does not change as long as the pages are there."""
+        job = self._jobs.get(pages)
+        if job is not None:
+            return job
+        keys, values = pages.k_PKSH, pages.v_PKSH
+        job = self._jobs[pages] = _Job(keys=keys.data_ptr(), values=values.data_ptr(), stored=_TYPES[keys.dtype])
+        job.pages, job.kv_heads, job.page_size, job.size = keys.shape
+        job.page, job.page_head = (keys.stride(dim) * keys.element_size() for dim in (0, 1))
+        if pages.k_scale_PKS is not None and pages.v_scale_PKS is not None:
+            job.key_scales, job.value_scales = pages.k_scale_PKS.data_ptr(), pages.v_scale_PKS.data_ptr()
+            job.scale_page, job.scale_head = (4 * pages.k_scale_PKS.stride(dim) for dim in (0, 1))
+        job.scale = job.size**-0.5 * 1.4426950408889634  # the kernel raises 2, not e
+        return job
+
     def __call__(
         self,
         q_TNH: Tensor,
@@ -88,36 +105,19 @@ class CpuAttention:
         """As :class:`~infer.attention.Backend` says."""
         out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-        keys, values, table = pages.k_PKSH, pages.v_PKSH, step.table[group]
-        count, kv_heads, page_size, size = keys.shape
-        width = q.element_size()
-        job = _Job(
-            *(x.data_ptr() for x in (q, k, v, out, keys, values)),
-            pages.k_scale_PKS.data_ptr() if pages.k_scale_PKS is not None else None,
-            pages.v_scale_PKS.data_ptr() if pages.v_scale_PKS is not None else None,
-            *(x.data_ptr() for x in (table, step.context_R, step.starts_R, step.slots_T[group])),
-            *(x.stride(dim) * width for x, dim in ((q, 0), (q, 1), (k, 0), (v, 0), (k, 1), (v, 1))),
-            keys.stride(0) * keys.element_size(),
-            keys.stride(1) * keys.element_size(),
-            *((x.stride(0) * 4, x.stride(1) * 4) if (x := pages.k_scale_PKS) is not None else (0, 0)),
-            table.stride(0),
-            table.shape[0],
-            q.shape[0],
-            q.shape[1],
-            kv_heads,
-            size,
-            count,
-            page_size,
-            window or 0,
-            _TYPES[q.dtype],
-            _TYPES[keys.dtype],
-            torch.get_num_threads(),
-            0,
-            size**-0.5 * 1.4426950408889634,  # the kernel raises 2, not e
+        width, table, job = q.element_size(), step.table[group], self._job(pages)
+        job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        job.table, job.context = table.data_ptr(), step.context_R.data_ptr()
+        job.starts, job.slots = step.starts_R.data_ptr(), step.slots_T[group].data_ptr()
+        (job.q_token, job.q_head), (job.k_token, job.k_head), (job.v_token, job.v_head) = (
+            (width * token, width * head) for token, head, _ in (q.stride(), k.stride(), v.stride())
         )
+        job.table_row, job.requests = table.stride(0), table.shape[0]
+        job.tokens, job.heads, job.window = q.shape[0], q.shape[1], window or 0
+        job.type, job.threads = _TYPES[q.dtype], torch.get_num_threads()
         status = self._entry(q.dtype)(ctypes.byref(job))
         if status == 1:
-            raise IndexError(f"a page table or a slot of page group {group} names a page outside 0 to {count - 1}")
+            raise IndexError(f"a page table or a slot of page group {group} names a page outside 0 to {job.pages - 1}")
         if status:
             raise MemoryError("attention: no memory for its workspace")
         return out

@@ -49,8 +49,12 @@ typedef struct {
     double scale;
 } Job;
 
+typedef struct { const char *at; int64_t lines; } Ahead; /* memory that will be read soon */
+
 typedef struct { /* one thread's memory */
     int64_t rows, padded, state, request;
+    int64_t waiting, quantum; /* of `ahead`: how many, and lines to ask for at a time */
+    Ahead ahead[2 * TILE];
     REAL *q, *tile[2], *scale[2], *scores, *total, *part;
     const REAL *run[2][TILE / RUN]; /* where each RUN keys and values of the tile are */
 } View;
@@ -58,10 +62,13 @@ typedef struct { /* one thread's memory */
 /* How a request is cut: `block` queries a unit; or, if that is all of them, a unit for each split of [begin, end). */
 typedef struct { int64_t share, block, queries, before, begin, end, apart, first_unit, room; } Cut;
 
-typedef struct Shared { /* what threads take units from */
+/* Some queries of one request and the key-value head that they share, and the splits that they see. */
+typedef struct { int64_t request, head, piece, start, seen, queries, begin, end; } Unit;
+
+typedef struct Shared { /* what threads take units from, `grab` at a time */
     Job *job;
-    void (*work)(struct Shared *, View *, int64_t);
-    int64_t count, next;
+    void (*work)(struct Shared *, View *, int64_t, int64_t);
+    int64_t count, next, grab;
     Cut *cuts;
     int32_t *done; /* of each request and head: how many splits are in `parts` */
     REAL *parts;
@@ -156,8 +163,9 @@ static void narrow(const REAL *from, int64_t type, int64_t n, void *to) {
 }
 
 /* New keys and values into their places; in int8 and e4m3 as multiples of a scale of their own. */
-static void write_tokens(Shared *s, View *w, int64_t index) {
+static void write_tokens(Shared *s, View *w, int64_t index, int64_t following) {
     const Job *j = s->job;
+    (void)following;
     int64_t row = j->size * bytes_of(j->stored), stop = index * RUN + RUN < j->tokens ? index * RUN + RUN : j->tokens;
     for (int64_t t = index * RUN; t < stop; t++) {
         int64_t page = j->slots[t] / j->page_size, place = j->slots[t] % j->page_size;
@@ -213,19 +221,33 @@ static void load(Job *j, View *w, int64_t head, int64_t tile, int64_t first, int
     }
 }
 
-/* Ask for the keys and values of a tile ahead of their use: pages lie anywhere, so the processor does not foresee them. */
-INLINE void fetch(const Job *j, const View *w, int64_t head, int64_t tile, int64_t last) {
-    int64_t row = j->size * bytes_of(j->stored);
-    if (last > tile + TILE) last = tile + TILE;
-    for (int64_t at = tile, stop; at < last; at = stop) {
-        int64_t page = j->table[w->request * j->table_row + at / j->page_size], place = at % j->page_size;
-        stop = at - place + j->page_size < last ? at - place + j->page_size : last;
-        if (page < 0 || page >= j->pages) return;
-        for (int side = 0; side < 2; side++) {
-            const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
-            for (int64_t i = 0; i < (stop - at) * row; i += 64) __builtin_prefetch(from + i, 0, 2);
-        }
+/* Ask for some lines of what will be read soon: pages lie anywhere, so the processor does not foresee them, and it takes
+ * only so many questions at a time without standing still. */
+INLINE void ask(View *w, int64_t lines) {
+    while (lines > 0 && w->waiting) {
+        Ahead *a = w->ahead + w->waiting - 1;
+        int64_t n = a->lines < lines ? a->lines : lines;
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(a->at + i * 64, 0, 2);
+        a->at += n * 64, a->lines -= n, lines -= n;
+        if (!a->lines) w->waiting--;
     }
+}
+
+/* Keys and values of `request` in a tile that ends before `last` are the next to be asked for; keys first. */
+static void foresee(const Job *j, View *w, int64_t request, int64_t head, int64_t tile, int64_t last) {
+    int64_t row = j->size * bytes_of(j->stored), lines = 0;
+    if (last > tile + TILE) last = tile + TILE;
+    w->waiting = 0;
+    for (int side = 1; side >= 0; side--)
+        for (int64_t at = tile, stop; at < last; at = stop) {
+            int64_t page = j->table[request * j->table_row + at / j->page_size], place = at % j->page_size;
+            stop = at - place + j->page_size < last ? at - place + j->page_size : last;
+            if (page < 0 || page >= j->pages) return;
+            const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
+            Ahead *a = w->ahead + w->waiting++;
+            a->at = from, a->lines = ((stop - at) * row + 63) / 64, lines += a->lines;
+        }
+    w->quantum = (lines + TILE - 1) / TILE;
 }
 
 /* Products of one query with LANES keys: each key's in its own vector, then all vectors summed by one tree. */
@@ -240,10 +262,11 @@ INLINE vec products(const REAL *q, const REAL *k, int64_t padded) {
 }
 
 /* One row's weights of keys [low, high) of a tile, 0 for others; returns what its sums so far are to be multiplied by. */
-INLINE REAL weigh(const View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, int64_t high) {
+INLINE REAL weigh(View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, int64_t high) {
     vec top = (vec){0} + *m, sum = {0};
     for (int64_t c = 0; c < TILE; c += LANES) {
         vec s = {0};
+        ask(w, 4 * w->quantum);
         if (c < high && c + LANES > low)
             s = products(w->q + row * w->padded, w->run[0][c / RUN] + c % RUN * w->padded, w->padded);
         AT(p + c) = s * AT(w->scale[0] + c);
@@ -261,28 +284,32 @@ INLINE REAL weigh(const View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t
 }
 
 /* Add values [low, high) of a tile to the sums of `rows` rows, `wide` vectors at a time. */
-INLINE void add_block(const View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int64_t h, int rows,
+INLINE void add_block(View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int64_t h, int rows,
                       int wide) {
     vec a[ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < wide; i++) a[r][i] = AT(sums + r * w->padded + h + i * LANES) * factor[r];
-    for (int64_t c = low; c < high; c++)
-        for (int i = 0; i < wide; i++) {
-            vec x = AT(w->run[1][c / RUN] + c % RUN * w->padded + h + i * LANES);
-            for (int r = 0; r < rows; r++) a[r][i] += x * w->scores[r * TILE + c];
-        }
+    for (int64_t c = low, stop; c < high; c = stop) {
+        stop = c + 4 < high ? c + 4 : high;
+        ask(w, 4 * w->quantum);
+        for (; c < stop; c++)
+            for (int i = 0; i < wide; i++) {
+                vec x = AT(w->run[1][c / RUN] + c % RUN * w->padded + h + i * LANES);
+                for (int r = 0; r < rows; r++) a[r][i] += x * w->scores[r * TILE + c];
+            }
+    }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < wide; i++) AT(sums + r * w->padded + h + i * LANES) = a[r][i];
 }
 
-INLINE void add_values(const View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int rows) {
+INLINE void add_values(View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int rows) {
     int64_t h = 0;
     for (; h + 4 * LANES <= w->padded; h += 4 * LANES) add_block(w, sums, factor, low, high, h, rows, 4);
     for (; h < w->padded; h += LANES) add_block(w, sums, factor, low, high, h, rows, 1);
 }
 
 /* One tile, loaded, for all rows of a unit; `seen` is the position of its first query. */
-static void attend_tile(const Job *j, const View *w, REAL *state, int64_t tile, int64_t seen) {
+static void attend_tile(const Job *j, View *w, REAL *state, int64_t tile, int64_t seen) {
     int64_t share = j->heads / j->kv_heads;
     REAL *m = state + w->rows * w->padded, *l = m + w->rows, factor[ROWS];
     for (int64_t row = 0; row < w->rows; row += ROWS) {
@@ -303,47 +330,77 @@ static void attend_tile(const Job *j, const View *w, REAL *state, int64_t tile, 
     }
 }
 
-static void attend(Shared *s, View *w, int64_t index) {
+/* From the last, which tends to be the longest; requests are looked for from `request` on. */
+static Unit locate(const Shared *s, int64_t request, int64_t index) {
+    int64_t unit = s->count - 1 - index, skipped;
+    while (s->cuts[request].first_unit > unit) request--;
+    Cut c = s->cuts[request];
+    Unit u = {request, (unit - c.first_unit) % s->job->kv_heads, (unit - c.first_unit) / s->job->kv_heads};
+    skipped = c.apart ? 0 : u.piece * c.block;
+    u.start = s->job->starts[request] + skipped, u.seen = c.before + skipped;
+    u.queries = c.queries - skipped < c.block ? c.queries - skipped : c.block;
+    u.begin = c.apart ? c.begin + u.piece : c.begin, u.end = c.apart ? u.begin + 1 : c.end;
+    return u;
+}
+
+/* The positions of a split that a unit sees. */
+INLINE int64_t first_of(const Job *j, const Unit *u, int64_t split) {
+    int64_t first = split * SPLIT;
+    return j->window && u->seen - j->window + 1 > first ? u->seen - j->window + 1 : first;
+}
+
+INLINE int64_t last_of(const Unit *u, int64_t split) {
+    return (split + 1) * SPLIT < u->seen + u->queries ? (split + 1) * SPLIT : u->seen + u->queries;
+}
+
+static void foresee_split(const Job *j, View *w, const Unit *u, int64_t split) {
+    foresee(j, w, u->request, u->head, first_of(j, u, split) / TILE * TILE, last_of(u, split));
+}
+
+/* One split of a unit; what comes after it is asked for meanwhile. */
+static void attend_split(const Shared *s, View *w, const Unit *u, int64_t split, REAL *into, int64_t following) {
     Job *j = s->job;
-    int64_t unit = s->count - 1 - index; /* from the last, which tends to be the longest */
-    while (s->cuts[w->request].first_unit > unit) w->request--;
-    Cut c = s->cuts[w->request];
-    unit -= c.first_unit;
-    int64_t head = unit % j->kv_heads, piece = unit / j->kv_heads;
-    int64_t skipped = c.apart ? 0 : piece * c.block, start = j->starts[w->request] + skipped, seen = c.before + skipped;
-    int64_t queries = c.queries - skipped < c.block ? c.queries - skipped : c.block, begin = c.begin, end = c.end;
-    if (c.apart) begin += piece, end = begin + 1;
-    w->rows = queries * c.share, w->state = w->rows * (w->padded + 2);
+    int64_t first = first_of(j, u, split), last = last_of(u, split);
+    memset(into, 0, sizeof(REAL) * (size_t)w->state);
+    for (int64_t r = 0; r < w->rows; r++) into[w->rows * w->padded + r] = LOW;
+    for (int64_t tile = first / TILE * TILE; tile < last; tile += TILE) {
+        ask(w, INT64_MAX);
+        load(j, w, u->head, tile, first > tile ? first : tile, last < tile + TILE ? last : tile + TILE);
+        if (tile + TILE < last) foresee(j, w, u->request, u->head, tile + TILE, last);
+        else if (split + 1 < u->end) foresee_split(j, w, u, split + 1);
+        else if (following >= 0) {
+            Unit next = locate(s, u->request, following);
+            foresee_split(j, w, &next, next.begin);
+        }
+        attend_tile(j, w, into, tile, u->seen);
+    }
+}
+
+static void attend(Shared *s, View *w, int64_t index, int64_t following) {
+    Job *j = s->job;
+    Unit u = locate(s, w->request, index);
+    Cut c = s->cuts[w->request = u.request];
+    w->rows = u.queries * c.share, w->state = w->rows * (w->padded + 2);
     for (int64_t r = 0; r < w->rows; r++) {
-        const char *from = j->q + (start + r / c.share) * j->q_token + (head * c.share + r % c.share) * j->q_head;
+        const char *from = j->q + (u.start + r / c.share) * j->q_token + (u.head * c.share + r % c.share) * j->q_head;
         widen(from, j->type, j->size, w->q + r * w->padded);
         for (int64_t i = 0; i < j->size; i++) w->q[r * w->padded + i] *= (REAL)j->scale;
     }
-    REAL *parts = s->parts + c.room + head * (c.end - c.begin) * w->state;
-    REAL *sums = c.apart ? parts + piece * w->state : w->total;
-    for (int64_t split = begin, some = 0; split < end; split++) {
-        int64_t first = split * SPLIT, last = first + SPLIT;
-        if (j->window && seen - j->window + 1 > first) first = seen - j->window + 1;
-        if (last > seen + queries) last = seen + queries;
-        if (!some) fetch(j, w, head, first / TILE * TILE, last);
-        REAL *into = some ? w->part : sums;
-        memset(into, 0, sizeof(REAL) * (size_t)w->state);
-        for (int64_t r = 0; r < w->rows; r++) into[w->rows * w->padded + r] = LOW;
-        for (int64_t tile = first / TILE * TILE; tile < last; tile += TILE) {
-            load(j, w, head, tile, first > tile ? first : tile, last < tile + TILE ? last : tile + TILE);
-            fetch(j, w, head, tile + TILE, last);
-            attend_tile(j, w, into, tile, seen);
-        }
-        if (some++) merge(w, sums, into);
+    REAL *parts = s->parts + c.room + u.head * (c.end - c.begin) * w->state;
+    REAL *sums = c.apart ? parts + u.piece * w->state : w->total;
+    for (int64_t split = u.begin; split < u.end; split++) {
+        REAL *into = split > u.begin ? w->part : sums;
+        attend_split(s, w, &u, split, into, following);
+        if (split > u.begin) merge(w, sums, into);
     }
     if (c.apart) { /* whoever comes last merges, in the same order as always */
-        int32_t *done = s->done + w->request * j->kv_heads + head;
+        int32_t *done = s->done + w->request * j->kv_heads + u.head;
         if (__atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL) < c.end - c.begin) return;
         sums = parts;
         for (int64_t split = 1; split < c.end - c.begin; split++) merge(w, sums, parts + split * w->state);
     }
     for (int64_t r = 0; r < w->rows; r++) {
-        int64_t to = (start + r / c.share) * j->heads + head * c.share + r % c.share;
+        int64_t to = (u.start + r / c.share) * j->heads + u.head * c.share + r % c.share;
         for (int64_t i = 0; i < j->size; i++) sums[r * w->padded + i] /= sums[w->rows * (w->padded + 1) + r];
         narrow(sums + r * w->padded, j->type, j->size, j->out + to * j->size * bytes_of(j->type));
     }
@@ -358,7 +415,9 @@ static void *take(void *argument) {
     w.scale[0] = w.tile[1] + TILE * h, w.scale[1] = w.scale[0] + TILE, w.scores = w.scale[1] + TILE;
     if (!at) s->job->failed = 2;
     for (int64_t i = 0; at && i < 2 * TILE; i++) w.scale[0][i] = 1;
-    for (int64_t i; at && (i = __atomic_fetch_add(&s->next, 1, __ATOMIC_RELAXED)) < s->count;) s->work(s, &w, i);
+    for (int64_t i, stop; at && (i = __atomic_fetch_add(&s->next, s->grab, __ATOMIC_RELAXED)) < s->count;)
+        for (stop = i + s->grab < s->count ? i + s->grab : s->count; i < stop; i++)
+            s->work(s, &w, i, i + 1 < stop ? i + 1 : -1);
     free(at);
     return 0;
 }
@@ -366,7 +425,7 @@ static void *take(void *argument) {
 /* Do all units. Without OpenMP threads are started each time: a pool would not survive a fork. */
 static void share_out(Shared *s) {
     int threads = (int)(s->job->threads < s->count ? s->job->threads : s->count);
-    s->next = 0;
+    s->next = 0, s->grab = s->count / (8 * threads) + 1;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     take(s);
@@ -394,7 +453,7 @@ int paged_attention(Job *j) {
         cuts[r] = c;
     }
     REAL *parts = malloc((size_t)(room + 1) * sizeof(REAL));
-    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, cuts, done, parts};
+    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, 1, cuts, done, parts};
     j->failed = cuts && done && parts ? 0 : 2;
     if (!j->failed) share_out(&s);
     s.work = attend, s.count = units;

@@ -44,7 +44,7 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.deferral, ctx.parameter = deferral, weight
         ctx.biased = bias is not None
-        ctx.place = caller(__file__, comm.__file__)
+        ctx.place = caller(__file__, comm.__file__) if axis.size > 1 else ""
         full = comm.start_all_gather(x, axis, tokens, ctx.place).wait() if sequence else x
         return method.product(full, weight, bias)
 
@@ -83,7 +83,7 @@ class _RowProduct(torch.autograd.Function):
         ctx.axis, ctx.method, ctx.sequence = axis, method, sequence
         ctx.save_for_backward(x, weight)
         ctx.deferral, ctx.parameter = deferral, weight
-        ctx.place = caller(__file__, comm.__file__)
+        ctx.place = caller(__file__, comm.__file__) if axis.size > 1 else ""
         y = method.product(x, weight, None)
         if sequence:
             return comm.start_reduce_scatter(y, axis, ctx.place).wait()
