@@ -5,9 +5,10 @@
 The 32M-parameter Llama with random weights continues 32 prompts of 16 to 200 tokens by 16 to 128 tokens each, 2,239 in
 all, greedily and without an end. The peers: ``generate_batch`` as it comes and with the settings that were the best
 here (pages of 32 tokens, no prefix sharing, no asynchronous batching), one left-padded ``generate`` for all up to the
-longest request, and ``generate`` one request at a time. All run in this process, in turn, each once to warm up; tokens
-beyond what a request asked for do not count. Managers of ``generate_batch`` are started before the clock, with a cache
-that holds all requests: by themselves they take nearly all memory.
+longest request, and ``generate`` one request at a time; and, where one is on the PATH, llama.cpp's ``llama-server``
+with the same weights (matrices in float16 where the others have bfloat16), a slot for each request. All run in turn,
+each once to warm up; tokens beyond what a request asked for do not count. Managers of ``generate_batch`` are started
+before the clock, with a cache that holds all requests: by themselves they take nearly all memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import torch
 import workload
 from report import Claim, add_report_options, finish, table
@@ -140,6 +142,21 @@ def batched(model: Any, **settings: Any) -> Contender:
     return run
 
 
+def llama_server(folder: Path, dtype: torch.dtype) -> Contender:
+    """llama.cpp's server, started for each turn: idle threads of it would take time from the others."""
+    prompts, lengths = requests()
+    path = folder / f"{dtype}.gguf"
+    llama_cpp.write_gguf(folder, workload.CONFIG, path, half=dtype != torch.float32)
+
+    def run() -> tuple[list[list[int]], float]:
+        with llama_cpp.serving(path, REQUESTS, 512) as ask:
+            ask(prompts[:1], [2])
+            began = time.perf_counter()
+            return ask(prompts, lengths), time.perf_counter() - began
+
+    return run
+
+
 def timed(run: Callable[[], list[list[int]]]) -> Contender:
     """With its seconds."""
 
@@ -175,6 +192,8 @@ def race(folder: Path, precision: str, rounds: int, batching: bool) -> tuple[lis
         entrants["generate_batch"] = batched(load(), num_blocks=128)
         entrants["generate_batch, best settings"] = batched(load(), **BEST)
     entrants |= {"generate, padded": padded(model), "generate, one by one": one_by_one(model)}
+    if llama_cpp.find():
+        entrants["llama-server"] = llama_server(folder, dtype)
     texts = {name: run()[0] for name, run in entrants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in entrants}
     for _ in range(rounds):
