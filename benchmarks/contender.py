@@ -17,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch.env import connect, detect, disconnect
+from launch.env import detect
 from launch.local import run_local, run_rank
+from launch.meeting import connect, disconnect
 from launch.memory import keep_freed_memory
 
 __all__ = ["Contender", "build"]

@@ -13,8 +13,9 @@ from typing import Any
 
 from contest import ContestError
 
-from launch.env import connect, detect, disconnect
+from launch.env import detect
 from launch.local import run_local, run_rank
+from launch.meeting import connect, disconnect
 from launch.memory import keep_freed_memory
 
 __all__ = ["add_rank_options", "on_ranks"]

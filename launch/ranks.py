@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from launch.env import Placement, connect, detect, disconnect
+from launch.env import Placement, detect
 from launch.local import run_local
+from launch.meeting import connect, disconnect
 from launch.memory import keep_freed_memory
 from parallel import comm
 from parallel.errors import ConfigError, RankError, Refusal, refuse

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.env import Placement, connect, detect, disconnect, expand_hosts
+from launch.env import Placement, detect, expand_hosts
 from launch.local import run_local
+from launch.meeting import connect, disconnect
 from parallel.errors import ConfigError, RankError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,7 +242,8 @@ def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
 def test_ranks_meet(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
         "import os, sys, torch, torch.distributed as dist\n"
-        "from launch.env import connect, detect, disconnect\nfrom launch.local import run_rank\n"
+        "from launch.env import detect\nfrom launch.local import run_rank\n"
+        "from launch.meeting import connect, disconnect\n"
         "def main():\n"
         "    connect(detect(os.environ), 'cpu', 30); x = torch.ones(1); dist.all_reduce(x)\n"
         "    if sys.argv[1] == 'fail' and dist.get_rank() == 1: raise KeyError('late')\n"

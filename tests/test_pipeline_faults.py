@@ -328,7 +328,8 @@ def test_a_rank_that_is_killed_ends_the_run(recipe: Path) -> None:
 STOPS = """
 import os, signal, sys, time
 import torch
-from launch.env import connect, detect
+from launch.env import detect
+from launch.meeting import connect
 from launch.local import run_rank
 from parallel.mesh import Layout, Mesh
 from parallel.pp import make_schedule
