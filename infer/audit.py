@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
+from operator import add
+from typing import Any
 
 from infer.prefix import first_page
 from infer.queue import Queue
@@ -51,6 +53,14 @@ class Stats:
     recomputed: int
     swaps: int
     evictions: tuple[int, ...]
+
+    def __add__(self, other: Stats) -> Stats:
+        """Of both together, which have the same groups."""
+
+        def sum_of(a: Any, b: Any) -> Any:
+            return tuple(map(add, a, b)) if isinstance(a, tuple) else a + b
+
+        return Stats(*(sum_of(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)))
 
 
 def audit(requests: Mapping[int, Request], running: Running, queue: Queue, memory: Memory) -> None:

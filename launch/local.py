@@ -27,12 +27,12 @@ from typing import IO, Any
 from launch.env import detect
 from parallel.errors import ConfigError, PipelineError, RankError, Refusal
 
-__all__ = ["report_failure", "run_local", "run_rank", "tethered"]
+__all__ = ["FOREIGN", "report_failure", "run_local", "run_rank", "tethered"]
 
 _POLL_S = 0.02
 _SHOWN_LINES = 60
 _KEPT_BYTES = 64 << 20
-_FOREIGN = re.compile(
+FOREIGN = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|LOCKSTEP_.*"
     r"|OMPI_COMM_WORLD_.*|PMI_.*|MPI_LOCALRANKID|MPI_LOCALNRANKS|SLURM_PROCID|SLURM_LOCALID"
 )
@@ -156,7 +156,7 @@ def tethered(command: Sequence[str]) -> list[str]:
 
 
 def _shared_environ(environ: Mapping[str, str], world: int, port: int, threads: int | None) -> dict[str, str]:
-    shared = {name: value for name, value in environ.items() if not _FOREIGN.fullmatch(name)}
+    shared = {name: value for name, value in environ.items() if not FOREIGN.fullmatch(name)}
     shared |= {
         "LOCKSTEP_WORLD": str(world),
         "LOCKSTEP_LOCAL_WORLD": str(world),

@@ -9,26 +9,86 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
 
 from launch.local import tethered
 
-__all__ = ["Supervisor"]
+__all__ = ["Life", "LocalProcess", "Supervisor"]
 
 _REFUSED = 2
 _SHORTEST_S, _LONGEST_S = 0.2, 30.0
 """Pauses before an engine that fails at once is started again."""
 
 
-class Supervisor:
-    """Runs a command for as long as the server lives.
+class Life(Protocol):
+    """An engine that can be started again once it has ended; here, or on other machines."""
+
+    async def start(self) -> None:
+        """Begin."""
+        ...
+
+    async def wait(self) -> int:
+        """Until it has ended; its exit code, 128 + n if signal n killed it."""
+        ...
+
+    def ask_to_end(self) -> None:
+        """SIGTERM or the like; fine if it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL, to all that belongs to it; fine if it has ended."""
+        ...
+
+
+class LocalProcess:
+    """A process of this machine and all that it starts; it dies with us.
 
     Args:
-        command: of the engine.
+        command: an argument vector.
         environ: that it inherits.
+        files: open files that it inherits.
+    """
+
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], files: Sequence[int] = ()) -> None:
+        self._command, self._environ, self._files = list(command), dict(environ), tuple(files)
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self._process = await asyncio.create_subprocess_exec(
+            *tethered(self._command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.stderr,
+            env=self._environ,
+            pass_fds=self._files,
+            start_new_session=True,
+        )
+
+    async def wait(self) -> int:
+        assert self._process is not None, "not started"
+        code = await self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def ask_to_end(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """Keeps an engine running for as long as the server lives.
+
+    Args:
+        life: of the engine.
         ping: whether the engine works; None while it is not expected to yet.
         say: takes one line about what happened.
         every_s: how often it is asked.
         stands_still_s: an engine that has not worked for so long is killed.
+        loads_s: so is one that is not there after so long.
 
     Attributes:
         restarts: how often it was started again.
@@ -36,18 +96,17 @@ class Supervisor:
 
     def __init__(
         self,
-        command: Sequence[str],
-        environ: Mapping[str, str],
+        life: Life,
         ping: Callable[[], Awaitable[bool | None]],
         say: Callable[[str], None],
         *,
         every_s: float = 2.0,
         stands_still_s: float = 20.0,
+        loads_s: float = 1800.0,
     ) -> None:
-        self._command, self._environ, self._ping, self._say = list(command), dict(environ), ping, say
-        self._every_s, self._stands_still_s = every_s, stands_still_s
-        self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._life, self._ping, self._say = life, ping, say
+        self._every_s, self._stands_still_s, self._loads_s = every_s, stands_still_s, loads_s
+        self._stopping = self._runs = False
         self.restarts = 0
 
     async def run(self) -> int:
@@ -66,47 +125,43 @@ class Supervisor:
         return 0
 
     async def stop(self, grace_s: float) -> None:
-        """End the engine: SIGTERM, and SIGKILL after ``grace_s``."""
+        """End the engine, by force after ``grace_s``."""
         self._stopping = True
-        process = self._process
-        if process is None or process.returncode is not None:
+        if not self._runs:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
+        self._life.ask_to_end()
         try:
-            await asyncio.wait_for(process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._life.wait()
         except TimeoutError:
-            self._kill(process)
-            await process.wait()
+            self._life.kill()
+            await self._life.wait()
 
     async def _once(self) -> int:
-        self._process = process = await asyncio.create_subprocess_exec(
-            *tethered(self._command),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=sys.stderr,
-            env=self._environ,
-            start_new_session=True,
-        )
-        watching = asyncio.create_task(self._watch(process))
+        await self._life.start()
+        self._runs = True
+        watching = asyncio.create_task(self._watch())
         try:
-            code = await process.wait()
+            return await self._life.wait()
         finally:
+            self._runs = False
             watching.cancel()
-            self._kill(process)  # and what is left of its group
-        return code if code >= 0 else 128 - code
+            self._life.kill()  # and what is left of it
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self) -> None:
         """Kill an engine that does not work any more."""
-        worked = time.monotonic()
-        while process.returncode is None:
+        began = worked = time.monotonic()
+        there = False
+        while True:
             await asyncio.sleep(self._every_s)
-            if await self._ping() is not False:
-                worked = time.monotonic()
-            elif time.monotonic() - worked > self._stands_still_s:
+            verdict = await self._ping()
+            there = there or verdict is not None
+            now = time.monotonic()
+            if verdict is not False:
+                worked = now
+            if now - worked > self._stands_still_s:
                 self._say(f"the engine has not made a step for {self._stands_still_s:g} s; it is killed")
-                self._kill(process)
-
-    @staticmethod
-    def _kill(process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+                self._life.kill()
+            elif not there and now - began > self._loads_s:
+                self._say(f"the engine is not there after {self._loads_s:g} s; it is killed")
+                self._life.kill()

@@ -195,7 +195,6 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         ((str(tmp_path),), str(tmp_path)),
         ((str(folder), "--layout.tp", "3"), "tp"),
         ((str(folder), "--port", "70000"), "port = 70000"),
-        ((str(folder), "--layout.dp", "2"), "replicas are not served yet"),
         ((str(folder), "--engine.cache.memory-gib", "0.0001"), "not enough memory for one sequence"),
     ):
         done = subprocess.run(
@@ -207,3 +206,19 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         )
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
+
+
+def test_several_engines_behind_one_address(folder: Path) -> None:
+    with serving(folder, "--layout.dp", "2") as server:
+        want = expected(folder, "def f(")
+        engines = server.engines()
+        assert len(engines) == 2
+        assert [server.text("def f(") for _ in range(4)] == [want] * 4
+        os.kill(engines[0], signal.SIGKILL)
+        assert [server.text("def f(") for _ in range(4)] == [want] * 4, "the other one goes on"
+        server.awaited("it is started again")
+        end = time.monotonic() + 30
+        while len(server.engines()) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert server.stop() == 0

@@ -54,7 +54,18 @@ class RemoteEngine:
         self._next = 0
         self._there = asyncio.Event()
         self._model: str | None = None
+        self._stands_still = False
         self.refused: Callable[[str], None] = lambda _reason: None
+
+    @property
+    def there(self) -> bool:
+        """Whether there is an engine."""
+        return self.hello is not None
+
+    @property
+    def works(self) -> bool:
+        """Whether it made a step when it was last asked to."""
+        return self.there and not self._stands_still
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Somebody has connected: serve them, if they know the key and nobody else is there; returns when they go."""
@@ -140,8 +151,11 @@ class RemoteEngine:
                 ) as events:
                     async for event in events:
                         if event.completion is not None:
+                            self._stands_still = False
                             return not event.completion.error
-        except (TimeoutError, EngineGone, RequestError):
+        except TimeoutError:
+            self._stands_still = True
+        except (EngineGone, RequestError):
             pass
         return False
 
@@ -177,6 +191,7 @@ class RemoteEngine:
         if self._channel is not None:
             self._channel.close()
         self._channel = self.hello = self._stats = None
+        self._stands_still = False
         self._there.clear()
         for events in self._streams.values():
             events.put_nowait(EngineGone(reason))

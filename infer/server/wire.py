@@ -35,6 +35,7 @@ __all__ = [
     "ToEngine",
     "Told",
     "Vectors",
+    "connected",
     "pack",
     "unpack",
 ]
@@ -134,6 +135,21 @@ def unpack(data: bytes, kind: Any) -> Any:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ChannelError(f"a message that is none: {type(error).__name__}") from None
+
+
+async def connected(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to ``/path/of/a/socket`` or ``host:port``.
+
+    Raises:
+        ChannelError: nobody listens there.
+    """
+    try:
+        if address.startswith("/"):
+            return await asyncio.open_unix_connection(address)
+        host, _, port = address.rpartition(":")
+        return await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, ValueError) as error:
+        raise ChannelError(f"no channel at {address}: {error}") from None
 
 
 class Channel:

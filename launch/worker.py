@@ -1,0 +1,89 @@
+"""A rank of a served engine; the first one speaks with the process that answers clients."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import signal
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from infer import EngineConfig
+from infer.aio import AsyncEngine
+from infer.build import build_engine, load_text
+from infer.engine import Engine
+from infer.lockstep import Replica
+from infer.server.wire import KEY_BYTES, Channel, Hello, connected
+from infer.server.worker import Worker
+from parallel.errors import ConfigError
+from parallel.mesh import Mesh
+
+__all__ = ["identity", "read_key", "run_engine"]
+
+
+def run_engine(
+    folder: Path, mesh: Mesh, dtype: torch.dtype, config: EngineConfig, *, ranks_here: int, address: str, key_file: Path
+) -> int:
+    """Build this rank's part and serve until the channel is closed; returns the exit code.
+
+    Args:
+        folder: of the model.
+        mesh: of the engine.
+        dtype: of weights and activations.
+        config: of the engine.
+        ranks_here: that share this machine's memory.
+        address: of the channel, see :func:`~infer.server.wire.connected`.
+        key_file: with its key.
+    """
+    engine, sizing = build_engine(folder, mesh, dtype, config, tokenizer=load_text(folder), ranks=ranks_here)
+    replica = Replica(engine, mesh)
+    if not replica.first:
+        replica.follow()
+        return 0
+    limits = engine.limits
+    hello = Hello(version("lockstep"), identity(folder), limits.context, limits.vocabulary, list(sizing.lines))
+    one = mesh.world.size == 1
+    asyncio.run(_work(address, read_key(key_file), engine if one else replica, hello))
+    return 0
+
+
+async def _work(address: str, key: bytes, engine: Engine | Replica, hello: Hello) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: None)  # the server says when: it closes the channel
+    channel = await Channel.open(*await connected(address), key, listens=False)
+    async with AsyncEngine(engine) as running:
+        await Worker(channel, running, hello, lambda: engine.stats).run()
+
+
+def read_key(path: Path) -> bytes:
+    """The key of a channel: the content of a file that only its owner may read.
+
+    Raises:
+        ConfigError: there is none, others may read it, or it is too short.
+    """
+    try:
+        mode, content = path.stat().st_mode, path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"channel_key_file = {str(path)!r}: {error.strerror or error}") from None
+    if mode & 0o077:
+        raise ConfigError(f"channel_key_file = {str(path)!r}: others may read it; chmod 600")
+    if len(content) < KEY_BYTES:
+        raise ConfigError(f"channel_key_file = {str(path)!r}: {len(content)} bytes; at least {KEY_BYTES} are needed")
+    return hashlib.sha256(content).digest()
+
+
+def identity(folder: Path) -> str:
+    """Hash of which model it is and how it becomes text: its small files, and the headers and sizes of its weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"):
+        path = folder / name
+        digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, 1 << 26))
+        digest.update(f"{path.name} {path.stat().st_size}".encode() + header)
+    return digest.hexdigest()
