@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from infer.cache import CacheConfig, KVCache
+from infer.constrain.forms import Forms
 from infer.embedder import Embedder
 from infer.engine import Engine
 from infer.graphs import Graphs
@@ -117,14 +118,16 @@ def build_engine(
         PageGroup(group.window, count, host, cost=_cost(cache.bytes_per_page(index), model))
         for index, (group, count, host) in enumerate(zip(cache.groups, pages, host_pages, strict=True))
     ]
-    sampler = Sampler(model_config.vocabulary, ends=limits.ends, device=mesh.device)
+    forms = Forms(tokenizer, model_config.vocabulary, limits.ends)
+    sampler = Sampler(model_config.vocabulary, ends=limits.ends, device=mesh.device, forms=forms)
     disk = _shared(cache.open_folder(config.disk, str(folder.resolve())), mesh) if config.disk else []
     runner = Runner(model, mesh, cache, sampler, microbatches=config.microbatches, graphs=graphs)
     detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
     overlap = config.overlap == "on" or (config.overlap == "auto" and mesh.device.type == "cuda")
     scheduler = Scheduler(config.scheduler, groups, disk)
     embedder = Embedder(folder, model, tokenizer)
-    return Engine(scheduler, runner, limits, detokenizer, overlap=overlap, embedder=embedder), sizing
+    engine = Engine(scheduler, runner, limits, detokenizer, overlap=overlap, embedder=embedder, forms=forms)
+    return engine, sizing
 
 
 def _graphs(model: Decoder, config: EngineConfig, limits: Limits, scratch: list[int], mesh: Mesh) -> Graphs:

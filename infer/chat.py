@@ -29,6 +29,9 @@ class ChatTemplate:
         folder: of the model.
         seconds: longest time that a conversation may take.
 
+    Attributes:
+        source: of the template; of that for tools, if there are two.
+
     Raises:
         ModelFolderError: there is no template, it cannot be read, or jinja2 is not installed.
     """
@@ -41,7 +44,8 @@ class ChatTemplate:
         except ImportError as error:
             raise ModelFolderError(f"chat templates need jinja2: pip install 'lockstep[serve]' ({error})") from None
         folder, self.seconds, self._failure = Path(folder), seconds, TemplateError
-        source, self._special = _read(folder)
+        sources, self._special = _read(folder)
+        self.source = sources.get("tool_use", sources["default"])
 
         class Limited(ImmutableSandboxedEnvironment):
             intercepted_binops = frozenset({"*", "**"})
@@ -57,7 +61,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = self._raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(source)
+            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except TemplateError as error:
             raise ModelFolderError(f"{folder}: chat template: {error}") from None
 
@@ -85,10 +89,11 @@ class ChatTemplate:
         variables = {"messages": list(messages), "tools": tools, "add_generation_prompt": answer}
         try:
             with _Deadline(self.seconds):
-                text = self._template.render(**self._special, **variables, **more)
+                name = "tool_use" if tools and "tool_use" in self._templates else "default"
+                text = self._templates[name].render(**self._special, **variables, **more)
         except TimeoutError:
             raise RequestError(f"messages: the chat template took longer than {self.seconds:g} s") from None
-        except (self._failure, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except (self._failure, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise RequestError(f"messages: the chat template says: {error}") from None
         if len(text) > _LONGEST:
             raise RequestError(f"messages: the chat template made {len(text):,} characters; {_LONGEST:,} are allowed")
@@ -98,23 +103,25 @@ class ChatTemplate:
         raise self._failure(message)
 
 
-def _read(folder: Path) -> tuple[str, dict[str, str]]:
-    """The template, and the special tokens that it may use."""
+def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The template, with one for tools if there is one, and the special tokens that it may use."""
     path, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     try:
         config = json.loads(path.read_text()) if path.exists() else {}
         source = file.read_text() if file.exists() else config.get("chat_template")
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{folder}: {error}") from None
+    named = [("default", source)]
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not isinstance(source, str):
+        named = [(entry["name"], entry["template"]) for entry in source]
+    sources = {name: text for name, text in named if name in ("default", "tool_use") and isinstance(text, str)}
+    if "default" not in sources:
         raise ModelFolderError(f"{folder}: the model has no chat template")
     special = {}
     for name, value in config.items():
         if name.endswith("_token") and value is not None:
             special[name] = value["content"] if isinstance(value, dict) else str(value)
-    return source, special
+    return sources, special
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from infer.beamjob import BeamJob
 from infer.completion import Event
+from infer.constrain.forms import Forms
 from infer.embedder import Embedder
 from infer.job import Job, Member
 from infer.limits import Limits
@@ -21,6 +22,8 @@ from infer.text import Detokenizer, encode_bad_words
 from parallel.errors import Refusal, refuse
 
 __all__ = ["Engine"]
+
+_FORMLESS = "constraint: this engine keeps no forms"
 
 
 class _Flight(NamedTuple):
@@ -43,6 +46,7 @@ class Engine:
         detokenizer: None: there is no text.
         overlap: plan the next step, and look at what the last one gave, while one is computed.
         embedder: of the same model; None: it does not embed.
+        forms: of completions, those of the runner's sampler; None: a request with one is refused.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class Engine:
         *,
         overlap: bool = True,
         embedder: Embedder | None = None,
+        forms: Forms | None = None,
     ) -> None:
         self.scheduler, self.runner, self.limits, self.embedder = scheduler, runner, limits, embedder
-        self.detokenizer, self.overlap = detokenizer, overlap
+        self.detokenizer, self.overlap, self.forms = detokenizer, overlap, forms
         self._jobs: dict[int, Job] = {}
         self._members: dict[int, Member] = {}
         self._next = 0
@@ -96,6 +101,8 @@ class Engine:
         """
         params = SamplingParams() if params is None else params
         refuse(RequestError, self.limits.problems(prompt, params))
+        if params.constraint is not None:
+            refuse(RequestError, self.forms.problems(params.constraint) if self.forms else [_FORMLESS])
         if params.bad_words:
             params = encode_bad_words(params, self.detokenizer.tokenizer if self.detokenizer else None)
         if seed is None:
@@ -205,7 +212,7 @@ class Engine:
                 continue
             given = len(member.stream.tokens)
             if token < 0:
-                member.end, member.job.error = "error", outcome.errors.get(run, "")
+                member.end, member.job.error = "error", outcome.errors.get(run, "it failed on another rank")
                 text = member.stream.close()
             else:
                 logprob = outcome.logprobs.get(run)

@@ -5,10 +5,10 @@ Logits pass through these stages, in this order, which is that of `transformers`
 1. ``logit_bias`` is added;
 2. ``repetition_penalty``, then ``frequency_penalty``, then ``presence_penalty``;
 3. ``allowed_tokens``, ``banned_tokens``, ``bad_words``, and the tokens that stop while ``min_tokens`` is not reached;
-4. ``logits_processors``;
-5. ``temperature``; 6. ``top_k``; 7. ``top_p``, of what top-k left; 8. ``min_p``; 9. ``typical_p``, of what is left.
+4. ``logits_processors``; 5. ``constraint``, which leaves only what its form allows;
+6. ``temperature``; 7. ``top_k``; 8. ``top_p``, of what top-k left; 9. ``min_p``; 10. ``typical_p``, of what is left.
 
-At temperature 0 the likeliest token after stage 4 is taken. vLLM agrees, but for calling its processors before the
+At temperature 0 the likeliest token after stage 5 is taken. vLLM agrees, but for calling its processors before the
 penalties and taking min-p before top-k and top-p.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from infer.constraint import KINDS, Constraint
 from parallel.config import option
 
 __all__ = ["LogitsProcessor", "SamplingParams"]
@@ -138,6 +139,7 @@ class SamplingParams:
         "raw", "log-probabilities of the logits as the model gave them, or of what was sampled from"
     )
     skip_special_tokens: bool = option(True, "leave special tokens out of the text")
+    constraint: Constraint | None = option(None, "the form that the completion must have: JSON, regex, grammar, choice")
     logits_processors: tuple[LogitsProcessor, ...] = option(
         (), "functions of prompt tokens, generated tokens and logits (V,), float32, which return new logits"
     )
@@ -147,7 +149,12 @@ class SamplingParams:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["logits_processors"]
         bias = self.logit_bias
-        return {**values, "logit_bias": None if bias is None else list(bias.items())}
+        form = self.constraint
+        return {
+            **values,
+            "logit_bias": None if bias is None else list(bias.items()),
+            "constraint": None if form is None else form.to_json(),
+        }
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> SamplingParams:
@@ -156,9 +163,11 @@ class SamplingParams:
         def frozen(value: Any) -> Any:
             return tuple(frozen(item) for item in value) if isinstance(value, list) else value
 
-        bias = values["logit_bias"]
+        bias, form = values["logit_bias"], values["constraint"]
         given = {name: frozen(value) for name, value in values.items()}
-        return SamplingParams(**{**given, "logit_bias": None if bias is None else dict(bias)})
+        given["logit_bias"] = None if bias is None else dict(bias)
+        given["constraint"] = None if form is None else Constraint.from_json(form)
+        return SamplingParams(**given)
 
     def problems(self, *, vocabulary: int | None = None, ends: Sequence[int] = (), text: bool = True) -> Iterator[str]:
         """Why these cannot be honoured, every reason.
@@ -191,8 +200,9 @@ class SamplingParams:
         return tuple(tuple(word) for word in self.bad_words if not isinstance(word, str))
 
     def stops(self, ends: Sequence[int]) -> tuple[int, ...]:
-        """Every token that ends the request, in ascending order; ``ends`` are the model's."""
-        return tuple(sorted({*self.stop_tokens, *(() if self.ignore_eos else ends)}))
+        """Every token that ends the request, in ascending order; ``ends`` are the model's, which always end a form."""
+        ignored = self.ignore_eos and self.constraint is None
+        return tuple(sorted({*self.stop_tokens, *(() if ignored else ends)}))
 
 
 def _choices(params: SamplingParams) -> dict[str, str]:
@@ -204,6 +214,11 @@ def _choices(params: SamplingParams) -> dict[str, str]:
     processors = params.logits_processors
     if not isinstance(processors, tuple | list) or not all(callable(item) for item in processors):
         found["logits_processors"] = f"logits_processors = {processors!r}: must be a sequence of functions"
+    form = params.constraint
+    if form is not None and not isinstance(form, Constraint):
+        found["constraint"] = f"constraint = {form!r}: must be a Constraint or None"
+    elif form is not None and (form.kind not in KINDS or not isinstance(form.text, str)):
+        found["constraint"] = f"constraint: kind {form.kind!r}: must be a text, and one of {', '.join(KINDS)}"
     return found
 
 

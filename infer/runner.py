@@ -213,6 +213,8 @@ class Runner:
             told_2S = torch.stack([sampled.tokens_R, sampled.failed_R.to(torch.int64)])
             for run in sampled.errors:
                 told_2S[1, run] = 1
+        if self.mesh.tp.size > 1 and any(row.params.constraint is not None for row in prepared.rows):
+            comm.sum_(told_2S[1], self.mesh.tp, "max")  # a form that is too complex for one rank has ended for all
         comm.sum_(told_2S, pp)
         self._last = told_2S[0]
         tokens, failed = told_2S.tolist()

@@ -258,7 +258,8 @@ class TextStream:
 
     def _take(self, token: int) -> None:
         armed = len(self.tokens) >= self.params.min_tokens
-        stops = token in self._ends and armed
+        formed = self.params.constraint is not None  # then an end comes early only where nothing else may
+        stops = token in self._ends and (armed or formed)
         if not stops or self.params.include_stop:
             self.tokens.append(token)
             if self._stream is not None:

@@ -26,6 +26,7 @@ COMMANDS: Registry[Command] = Registry(
         "serve": "launch.serve:main",
         "verify": "launch.verify:main",
         "draw": "launch.draw:main",
+        "bench": "launch.bench.command:main",
     },
 )
 
@@ -39,6 +40,7 @@ USAGE = """lockstep: train and serve large transformers; the answer does not dep
   lockstep generate MODEL_DIR --prompt TEXT [--layout.tp 2 ...]
   lockstep serve MODEL_DIR [--port 8000 --layout.tp 2 ...]    OpenAI-compatible server
   lockstep verify MODEL_DIR_OR_RECIPE --layout.tp 2 ...    is this layout equal to one device?
+  lockstep bench serve URL|MODEL_DIR [--rates 1,2,4 ...]    latency and throughput of a server under load
   lockstep draw SCHEDULE [--stages 4 --microbatches 8 --out x.svg ...]    a pipeline schedule, simulated
 
 RECIPE is a TOML file or the name of a built-in one. Started bare, a layout of several ranks starts them on this

@@ -75,6 +75,7 @@ WRONG = {
     "prompt_logprobs": [-1, 101],
     "logprobs_of": ["cooked", None],
     "logits_processors": [(1,), print],
+    "constraint": ["a*", ("regex", "a")],
 }
 
 

@@ -321,5 +321,7 @@ def test_64_streams_at_once_neither_mix_nor_lose(served: Served, offline: LLM) -
 def test_every_sampling_parameter_has_a_field() -> None:
     from infer.server.bodies import CompletionBody
 
-    ours = {"logits_processors", "prompt_logprobs"}  # functions cannot be sent; echo with logprobs scores a prompt
+    # functions cannot be sent; echo with logprobs scores a prompt; forms have the names that clients know
+    ours = {"logits_processors", "prompt_logprobs", "constraint"}
+    assert {"response_format", "structured_outputs"} <= set(CompletionBody.model_fields)
     assert {field.name for field in dataclasses.fields(SamplingParams)} - ours <= set(CompletionBody.model_fields)

@@ -47,7 +47,7 @@ def slow(folder: Path) -> Iterator[Served]:
 def posted(served: Served, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
     """A request that is sent, on a connection of its own."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         connection.sendall(head.encode() + data)
         yield connection
@@ -176,7 +176,7 @@ def test_a_client_that_does_not_read_is_dropped(folder: Path) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", served.port))
         with connection:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             for own in served._server.servers[0].sockets:
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)

@@ -94,7 +94,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
             ("tools", [{"type": "function", "function": {"name": "f"}}]),
             ("tool_choice", "required"),
             ("functions", [{"name": "f"}]),
-            ("response_format", {"type": "json_object"}),
+            ("response_format", {"type": "json_schema"}),
             ("modalities", ["text", "audio"]),
             ("audio", {"voice": "x"}),
             ("store", True),
@@ -168,7 +168,7 @@ def test_other_models_routes_and_methods(http: httpx2.Client) -> None:
     for path, body in (("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)):
         error = checked(http.post(path, json={**body, "model": "gpt-9"}), 404)
         assert (error["code"], error["param"]) == ("model_not_found", "model")
-    for path in ("/", "/v1", "/v1/models/", "/V1/models", "/docs", "/v1/models/x/y"):
+    for path in ("/v1", "/v1/models/", "/V1/models", "/docs", "/v1/models/x/y"):
         checked(http.get(path), 404)
     assert raw(http.base_url.port or 0, "//v1/models", "GET", None) == 404
     assert checked(http.get("/v1/completions"), 405)["code"] == "method_not_allowed"
@@ -209,7 +209,7 @@ def test_bodies_of_another_type_too_large_or_too_slow(http: httpx2.Client, serve
         assert checked(answer, 413)["code"] == "body_too_large"
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", served.port)) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         slow.sendall(b'Content-Length: 100\r\n\r\n{"model"')
         answer = slow.recv(4096)
         assert answer.startswith(b"HTTP/1.1 408 ") and b"body_timeout" in answer + slow.recv(4096)
@@ -331,7 +331,7 @@ def test_every_route_but_liveness_asks_for_a_key(keyed: Served) -> None:
 
 def raw(port: int, path: str, method: str, key: str | None, again: str | None = None) -> int:
     """The status of a request whose path nobody normalizes."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: evil.example", "Connection: close"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
     lines += [f"Authorization: {value}" for value in (key, again) if value is not None]
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from infer.constrain.forms import Forms
 from infer.sampling.draw import Draw, Drawn, draw, truncated
 from infer.sampling.edits import EDITED, edit
 from infer.sampling.history import History
@@ -23,7 +24,13 @@ TRUNCATED = Feature.TOP_K | Feature.TOP_P | Feature.MIN_P | Feature.TYPICAL
 
 
 def sample(
-    logits_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History, space: Space, chunk: int
+    logits_RV: Tensor,
+    rows: Sequence[Row],
+    entries: Sequence[Entry],
+    history: History,
+    forms: Forms | None,
+    space: Space,
+    chunk: int,
 ) -> Sampled:
     """Sample one token for each row.
 
@@ -31,6 +38,7 @@ def sample(
         logits_RV: float32; left as they are.
         rows, entries: of each row.
         history: of the entries with a slot.
+        forms: of the entries with a form.
         space: to compute in.
         chunk: numbers to compute at a time.
     """
@@ -41,14 +49,14 @@ def sample(
         torch.empty(len(rows), dtype=torch.int8, device=device),
     )
     for kind, width, places in _groups(entries, max(1, chunk // logits_RV.shape[1])):
-        _Part(logits_RV, rows, entries, places, out, space).run(kind, width, history)
+        _Part(logits_RV, rows, entries, places, out, forms, space).run(kind, width, history)
     kept = [i for i, entry in enumerate(entries) if entry.slot >= 0 and entry.kind is not Kind.BEAM]
     if kept:
         slots = [entries[i].slot for i in kept]
         tokens = out.tokens_R[torch.tensor(kept, device=device)]
         history.append(slots, torch.tensor(slots, device=device), tokens)
     for i, entry in enumerate(entries):
-        if entry.features & Feature.PROCESSOR:
+        if entry.features & (Feature.PROCESSOR | Feature.FORM):
             entry.late = out.tokens_R, i
     return out
 
@@ -89,9 +97,10 @@ class _Part:
         entries: Sequence[Entry],
         places: list[int],
         out: Sampled,
+        forms: Forms | None,
         space: Space,
     ) -> None:
-        self.places, self.out, self.space = places, out, space
+        self.places, self.out, self.forms, self.space = places, out, forms, space
         self.rows, self.entries = [rows[i] for i in places], [entries[i] for i in places]
         self.present = 0
         for entry in self.entries:
@@ -126,7 +135,7 @@ class _Part:
             return x_RV
         if x_RV is self.raw_RV:
             x_RV = self.space.take("edited", *x_RV.shape).copy_(x_RV)
-        for i, error in edit(x_RV, self.rows, self.entries, history).items():
+        for i, error in edit(x_RV, self.rows, self.entries, history, self.forms).items():
             self.out.errors[self.places[i]] = error
         return x_RV
 

@@ -1,4 +1,4 @@
-"""Stages 5 to 9 of :mod:`infer.params`, and the draw: exact, without sorting the vocabulary.
+"""Stages 6 to 10 of :mod:`infer.params`, and the draw: exact, without sorting the vocabulary.
 
 A token is drawn in proportion to its weight by inverting the cumulative sum in two levels. Top-p is met by rejection: a
 token stands if the tokens that are likelier weigh less than top-p of everything; otherwise the draw is repeated among

@@ -1,12 +1,15 @@
-"""Stages 1 to 4 of :mod:`infer.params`: what is done to logits before any token is drawn."""
+"""Stages 1 to 5 of :mod:`infer.params`: what is done to logits before any token is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from infer.constrain.forms import Form, Forms
 from infer.sampling.history import History
 from infer.sampling.row import NUMBERS, Entry, Feature, Row
 
@@ -20,6 +23,7 @@ EDITED = (
     | Feature.WORDS
     | Feature.MINIMUM
     | Feature.PROCESSOR
+    | Feature.FORM
 )
 PRESENCE, FREQUENCY, REPETITION = (
     NUMBERS.index(name) for name in ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -27,11 +31,13 @@ PRESENCE, FREQUENCY, REPETITION = (
 NEVER = float("-inf")
 
 
-def edit(x_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History) -> dict[int, str]:
+def edit(
+    x_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: History, forms: Forms | None
+) -> dict[int, str]:
     """Change logits in place as their requests ask; every row by itself.
 
     Returns:
-        rows whose logits processor failed, and how; their logits are not to be used.
+        rows whose logits processor or form failed, and how; their logits are not to be used.
     """
     present = 0
     for entry in entries:
@@ -58,7 +64,11 @@ def edit(x_RV: Tensor, rows: Sequence[Row], entries: Sequence[Entry], history: H
         _ban_words(x_RV, chosen, entries, history)
     if chosen := [i for i in having(Feature.MINIMUM) if rows[i].generated < rows[i].params.min_tokens]:
         x_RV.view(-1)[_places(x_RV, chosen, entries, lambda entry: entry.stops)] = NEVER
-    return _process(x_RV, having(Feature.PROCESSOR), rows, entries)
+    errors = _process(x_RV, having(Feature.PROCESSOR), rows, entries)
+    if chosen := having(Feature.FORM):
+        assert forms is not None
+        errors = _keep_forms(x_RV, chosen, rows, entries, forms) | errors
+    return errors
 
 
 def _places(x_RV: Tensor, chosen: Sequence[int], entries: Sequence[Entry], tokens: Callable[[Entry], Tensor]) -> Tensor:
@@ -121,9 +131,45 @@ def _process(x_RV: Tensor, chosen: Sequence[int], rows: Sequence[Row], entries: 
 
 def _generated(row: Row, entry: Entry) -> tuple[int, ...]:
     """What was generated so far; waits for the device if the last token is not known to the host yet."""
-    known = tuple(row.tokens[row.prompt : row.prompt + row.generated])
-    if len(known) < row.generated:
-        assert entry.late is not None, "a processor's request lacks a token"
+    return tuple(_since(row, entry, 0))
+
+
+def _since(row: Row, entry: Entry, first: int) -> list[int]:
+    """The tokens that were generated after the first ones, as :func:`_generated`."""
+    known = list(row.tokens[row.prompt + first : row.prompt + row.generated])
+    if len(known) < row.generated - first:
+        assert entry.late is not None, "a request lacks a token"
         tokens, place = entry.late
-        known += (int(tokens[place]),)
+        known.append(int(tokens[place]))
     return known
+
+
+def _keep_forms(
+    x_RV: Tensor, chosen: Sequence[int], rows: Sequence[Row], entries: Sequence[Entry], forms: Forms
+) -> dict[int, str]:
+    """Leave only the tokens that the forms of some rows allow next."""
+    own: list[Form] = []
+    for i in chosen:
+        form = entries[i].form
+        assert form is not None
+        forms.advance(form, _since(rows[i], entries[i], form.seen))
+        own.append(form)
+    params = [rows[i].params for i in chosen]
+    holding = [one.ignore_eos or rows[i].generated < one.min_tokens for i, one in zip(chosen, params, strict=True)]
+    barred = _barred(forms.fill(own, holding), x_RV)
+    if len(chosen) == len(x_RV):
+        x_RV.masked_fill_(barred, NEVER)
+    else:
+        at = torch.tensor(chosen, device=x_RV.device)
+        x_RV[at] = x_RV[at].masked_fill_(barred, NEVER)
+    return {i: form.error for i, form in zip(chosen, own, strict=True) if form.error}
+
+
+def _barred(bits_RW: NDArray[np.int32], x_RV: Tensor) -> Tensor:
+    """Where a bit is 0, as a mask over the vocabulary."""
+    if x_RV.device.type == "cpu":
+        flags = np.unpackbits(bits_RW.view(np.uint8), axis=1, count=x_RV.shape[1], bitorder="little")
+        return torch.from_numpy(flags.view(np.bool_)).logical_not_()
+    words = torch.from_numpy(bits_RW).pin_memory().to(x_RV.device, non_blocking=True)
+    flags = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=x_RV.device)) & 1
+    return flags.flatten(1)[:, : x_RV.shape[1]] == 0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from infer.constrain.forms import Form
 from infer.params import SamplingParams
 from infer.sampling.draw import width_of
 from parallel.rng import key
@@ -72,6 +73,7 @@ class Feature:
     TYPICAL = 1024
     RAW = 2048
     PROCESSED = 4096
+    FORM = 8192
 
 
 class Kind(IntEnum):
@@ -98,7 +100,8 @@ class Entry:
         bias_tokens, bias_values, allowed, banned, stops: int64 (float32 for the values), any of them may be empty.
         sequences: bad words of more than one token.
         tail: how many tokens the longest of them looks back.
-        late: where a processor wants the tokens, the last one that was sampled: a tensor, and the place in it.
+        late: where a processor or a form wants the tokens, the last that was sampled: a tensor, and the place in it.
+        form: how far it has come in the form of its completion.
     """
 
     kind: Kind
@@ -117,6 +120,7 @@ class Entry:
     sequences: tuple[tuple[int, ...], ...]
     tail: int
     late: tuple[Tensor, int] | None = None
+    form: Form | None = None
 
 
 def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch.device) -> Entry:
@@ -131,6 +135,7 @@ def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch
     if kind is Kind.PLAIN and features:
         kind = Kind.GREEDY
     stops = params.stops(ends)
+    held = stops if params.constraint is None else [token for token in stops if token not in ends]  # a form holds ends
     words = params.sequences
     bias = params.logit_bias or {}
     banned = sorted({*params.banned_tokens, *(word[0] for word in words if len(word) == 1)})
@@ -151,7 +156,7 @@ def compile_row(row: Row, *, vocabulary: int, ends: Sequence[int], device: torch
         bias_values=torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
         allowed=ids(sorted(set(params.allowed_tokens or ()))),
         banned=ids(banned),
-        stops=ids([token for token in stops if token < vocabulary]),
+        stops=ids([token for token in held if token < vocabulary]),
         sequences=tuple(word for word in words if len(word) > 1),
         tail=max((len(word) for word in words), default=2) - 1,
     )
@@ -168,6 +173,7 @@ def _features(params: SamplingParams, vocabulary: int) -> tuple[Kind, int]:
         Feature.WORDS: any(len(word) > 1 for word in params.sequences),
         Feature.MINIMUM: params.min_tokens > 0,
         Feature.PROCESSOR: bool(params.logits_processors),
+        Feature.FORM: params.constraint is not None,
     }
     drawn = {
         Feature.TOP_K: 0 < params.top_k < vocabulary,

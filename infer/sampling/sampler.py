@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infer.constrain.forms import Forms
 from infer.sampling.batch import sample
 from infer.sampling.history import History
 from infer.sampling.row import Entry, Feature, Kind, Row, compile_row
@@ -29,6 +30,7 @@ class Sampler:
         ends: its end-of-text tokens.
         device: where the logits are.
         chunk: numbers that are computed at a time; None: what suits the device.
+        forms: of completions; None: no request has one.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Sampler:
         ends: Sequence[int] = (),
         device: torch.device | str = "cpu",
         chunk: int | None = None,
+        forms: Forms | None = None,
     ) -> None:
         self.vocabulary, self.ends, self.device = vocabulary, tuple(ends), torch.device(device)
         self.chunk = chunk if chunk is not None else (CHUNK if self.device.type == "cpu" else 1 << 62)
+        self.forms = forms
         self._entries: dict[int, Entry] = {}
         self._asked: deque[tuple[int, int | None]] = deque()
         self._history, self._space = History(vocabulary, self.device), Space(self.device)
@@ -60,7 +64,7 @@ class Sampler:
         if all(entry.kind is Kind.PLAIN for entry in entries):
             largest, tokens = first_largest(logits_RV)
             return finished(tokens, largest)
-        return sample(logits_RV.float(), rows, entries, self._history, self._space, self.chunk)
+        return sample(logits_RV.float(), rows, entries, self._history, self.forms, self._space, self.chunk)
 
     def forget(self, request: int) -> None:
         """Drop what is kept of a request, after the last step that has a row of it; one that is not known is fine.
@@ -93,11 +97,15 @@ class Sampler:
         if entry.slot >= 0:
             slot = self._history.take_slot()
             self._history.copy(entry.slot, slot)
-        self._entries[new] = replace(entry, slot=slot)
+        form = None if entry.form is None else entry.form.copy()
+        self._entries[new] = replace(entry, slot=slot, form=form)
 
     def _enter(self, row: Row) -> Entry:
         entry = compile_row(row, vocabulary=self.vocabulary, ends=self.ends, device=self.device)
         if entry.features & REMEMBERED:
             entry.slot = self._history.take_slot()
+        if row.params.constraint is not None:
+            assert self.forms is not None
+            entry.form = self.forms.begin(row.params.constraint)
         self._entries[row.id] = entry
         return entry

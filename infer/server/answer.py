@@ -129,9 +129,14 @@ class Form(ABC):
 
     whole_kind: str
     chunk_kind: str
+    named = False
+    """The events of a stream have names, and tell themselves that it ends."""
 
     def __init__(self, id: str, model: str, *, usage: bool) -> None:
         self.id, self.model, self.with_usage, self.created = id, model, usage, int(time.time())
+
+    def take(self, place: int, event: Event) -> None:  # noqa: B027 - most need not know before they are asked
+        """Learn of an event, in a stream or not."""
 
     @abstractmethod
     def opening(self, place: int) -> Iterator[dict[str, Any]]:
@@ -142,8 +147,8 @@ class Form(ABC):
         """The choices in which an event is told."""
 
     @abstractmethod
-    def cut(self, place: int, choice: int) -> dict[str, Any]:
-        """The choice that says that one was aborted."""
+    def cut(self, place: int, choice: int) -> Iterator[dict[str, Any]]:
+        """The choices that say that one was aborted."""
 
     @abstractmethod
     def choices(self, tally: Tally) -> list[dict[str, Any]]:
@@ -157,12 +162,25 @@ class Form(ABC):
     def last(self, tally: Tally) -> dict[str, Any]:
         """The part of a stream that tells the number of tokens."""
         value = {"id": self.id, "object": self.chunk_kind, "created": self.created, "model": self.model}
-        return {**value, "choices": [], "usage": tally.usage()}
+        return {**value, "choices": [], "usage": self.usage(tally)}
+
+    def closing(self, tally: Tally) -> Iterator[dict[str, Any]]:
+        """The parts with which a stream ends."""
+        if self.with_usage:
+            yield self.last(tally)
+
+    def failing(self, error: ApiError) -> Iterator[dict[str, Any]]:
+        """The parts with which a stream ends that has failed."""
+        yield error.body()
+
+    def usage(self, tally: Tally) -> dict[str, Any]:
+        """The number of tokens."""
+        return tally.usage()
 
     def whole(self, tally: Tally) -> dict[str, Any]:
         """An answer that is no stream."""
         value = {"id": self.id, "object": self.whole_kind, "created": self.created, "model": self.model}
-        return {**value, "choices": self.choices(tally), "usage": tally.usage()}
+        return {**value, "choices": self.choices(tally), "usage": self.usage(tally)}
 
 
 async def answer(server: Server, exchange: Exchange, work: Work, form: Form, *, stream: bool) -> None:
@@ -174,7 +192,9 @@ async def answer(server: Server, exchange: Exchange, work: Work, form: Form, *, 
         EngineGone: there is no engine.
         Ended, Left: the client is gone.
     """
+    await server.check_forms(work.params)
     telling = _Telling(server, exchange, form, Tally(work), stream)
+    exchange.failing = form.failing
     tokens = [len(prompt) for prompt in work.prompts]
     try:
         with server.admission.seat(tokens, work.param) as seat:
@@ -209,12 +229,14 @@ class _Telling:
     async def take(self, place: int, event: Event) -> None:
         self._measure(place, event)
         self.tally.take(place, event)
+        if event.choice < self.tally.work.n:
+            self.form.take(place, event)
         if event.finish_reason == "error":
             raise ApiError(500, "the model failed on this prompt", code="generation_failed")
         if self.stream:
             await self._open(place)
             for choice in self.form.pieces(place, event):
-                await self.exchange.event(self.form.chunk(choice))
+                await self._tell(choice)
 
     async def cut(self) -> None:
         """End what has not ended."""
@@ -224,7 +246,8 @@ class _Telling:
             await self._open(place)
             for choice in choices:
                 if choice.finish_reason == "abort":
-                    await self.exchange.event(self.form.chunk(self.form.cut(place, choice.index)))
+                    for part in self.form.cut(place, choice.index):
+                        await self._tell(part)
 
     async def end(self) -> None:
         tally, metrics = self.tally, self.metrics
@@ -234,15 +257,18 @@ class _Telling:
         if not self.stream:
             await self.exchange.json(self.form.whole(tally))
             return
-        if self.form.with_usage:
-            await self.exchange.event(self.form.last(tally))
-        await self.exchange.done()
+        for part in self.form.closing(tally):
+            await self.exchange.event(part, named=self.form.named)
+        await self.exchange.done(mark=not self.form.named)
+
+    async def _tell(self, choice: dict[str, Any]) -> None:
+        await self.exchange.event(self.form.chunk(choice), named=self.form.named)
 
     async def _open(self, place: int) -> None:
         if place not in self._opened:
             self._opened.add(place)
             for choice in self.form.opening(place):
-                await self.exchange.event(self.form.chunk(choice))
+                await self._tell(choice)
 
     def _measure(self, place: int, event: Event) -> None:
         if event.choice >= self.tally.work.n or not event.tokens:

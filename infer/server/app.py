@@ -10,19 +10,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
-from infer.server.auth import OPEN, Keys, RequireKey
+from infer.server.auth import OPEN, PAGE, Keys, RequireKey
 from infer.server.chat import chat
 from infer.server.codec import Codec
 from infer.server.completions import completions
 from infer.server.config import ServerConfig
 from infer.server.engine import ModelInfo, ServedEngine
 from infer.server.errors import ApiError
-from infer.server.exchange import Exchange, encode
+from infer.server.exchange import Exchange, encode, send_json
 from infer.server.openapi import document
+from infer.server.page import Page, render
+from infer.server.responses import responses
 from infer.server.server import Endpoint, Handler, Server
 from infer.server.texts import detokenize, embeddings, tokenize
+from infer.server.websocket import WebSockets
 from parallel.errors import ConfigError, refuse
 
 __all__ = ["create_app", "create_metrics_app"]
@@ -57,7 +60,7 @@ def create_app(engine: ServedEngine, model: ModelInfo, codec: Codec, config: Ser
     server = Server(engine, model, codec, config)
     app = Starlette(
         routes=list(_routes(server)),
-        middleware=[Middleware(RequireKey, keys=Keys(config.keys))],
+        middleware=[Middleware(RequireKey, keys=Keys(config.keys), page=config.page == "open", hosts=config.hosts)],
         exception_handlers={HTTPException: partial(_unrouted, server)},
     )
     app.router.redirect_slashes = False
@@ -73,24 +76,42 @@ def create_metrics_app(server: Server) -> Starlette:
     return Starlette(routes=[Route("/metrics", endpoint, methods=["GET"])], exception_handlers=handlers)
 
 
-def _routes(server: Server) -> list[Route]:
+def _routes(server: Server) -> list[Route | WebSocketRoute]:
     def route(path: str, handler: Handler, name: str, method: str = "GET", *, works: bool = True) -> Route:
         return Route(path, Endpoint(server, handler, name, works=works), methods=[method])
 
-    routes = [
+    works = {
+        "completions": Endpoint(server, completions, "completions"),
+        "chat.completions": Endpoint(server, chat, "chat"),
+        "responses": Endpoint(server, responses, "responses"),
+    }
+    routes: list[Route | WebSocketRoute] = [
         route("/v1/models", _models, "models"),
         route("/v1/models/{name:path}", _model, "models"),
         route("/v1/completions", completions, "completions", "POST"),
         route("/v1/chat/completions", chat, "chat", "POST"),
+        route("/v1/responses", responses, "responses", "POST"),
         route("/v1/embeddings", embeddings, "embeddings", "POST"),
         route("/tokenize", tokenize, "tokenize", "POST"),
         route("/detokenize", detokenize, "detokenize", "POST"),
+        route("/v1/stream", _upgrade, "other"),
+        WebSocketRoute("/v1/stream", WebSockets(server, works)),
         route(OPEN, _live, "health", works=False),
         route("/health/ready", _ready, "health", works=False),
         route("/version", _version, "other"),
         route("/openapi.json", _openapi, "other"),
     ]
-    return [*routes, route("/metrics", _metrics, "other", works=False)] if server.config.metrics else routes
+    if server.config.metrics:
+        routes.append(route("/metrics", _metrics, "other", works=False))
+    if server.config.page != "off":
+        page = render(keys=bool(server.config.keys), pictures=server.config.metrics)
+        routes.append(route(PAGE, partial(_page, page), "other", works=False))
+    return routes
+
+
+async def _page(page: Page, server: Server, exchange: Exchange) -> None:
+    exchange.status = 200
+    await send_json(exchange.write, 200, page.body, page.headers, b"text/html; charset=utf-8")
 
 
 async def _models(server: Server, exchange: Exchange) -> None:
@@ -112,7 +133,12 @@ def _card(server: Server, name: str) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "lockstep",
         "max_model_len": model.context,
+        "chat_template": server.codec.template is not None,
     }
+
+
+async def _upgrade(server: Server, exchange: Exchange) -> None:
+    raise ApiError(426, "this route speaks WebSocket", code="upgrade_required", headers={"upgrade": "websocket"})
 
 
 async def _live(server: Server, exchange: Exchange) -> None:
@@ -132,7 +158,10 @@ async def _version(server: Server, exchange: Exchange) -> None:
 
 
 async def _openapi(server: Server, exchange: Exchange) -> None:
-    await exchange.json(document(server.model.version, keys=bool(server.config.keys), metrics=server.config.metrics))
+    config = server.config
+    await exchange.json(
+        document(server.model.version, keys=bool(config.keys), metrics=config.metrics, page=config.page)
+    )
 
 
 async def _metrics(server: Server, exchange: Exchange) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from infer.params import SamplingParams
+from infer.server.body import Body
 from infer.server.errors import ApiError, invalid, of_validation
+from infer.server.forms import ResponseFormat, StructuredOutputs, constraint_of
+from infer.server.messages import Message, Messages, Part, ToolChoice, Tools, check_calls, check_tools
 
 __all__ = [
     "Body",
@@ -46,12 +49,6 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "safety_identifier": (),
     "prompt_cache_key": (),
 }
-
-
-class Body(BaseModel):
-    """What all bodies have in common: a field that is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Body):
@@ -93,12 +90,20 @@ class SamplingBody(Body):
     early_stopping: bool | Literal["never"] | None = None
     logprobs_of: Literal["raw", "processed"] | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _usage_is_of_a_stream(self) -> SamplingBody:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options: only a stream has any; set stream", "stream_options")
+        constraint_of(self.response_format, self.structured_outputs)
         return self
+
+    @property
+    def form_field(self) -> str:
+        """The field that asks for a form, if any does."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     def params(self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """The same for the engine; temperature 1 unless it is given, or there are beams.
@@ -121,12 +126,14 @@ class SamplingBody(Body):
             given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if self.logit_bias:
             given["logit_bias"] = {_token(name): value for name, value in self.logit_bias.items()}
+        given["constraint"] = constraint_of(self.response_format, self.structured_outputs)
         if (self.beams or 1) == 1:
             given.setdefault("temperature", 1.0)
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given)
 
 
-_ELSEWHERE = {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "bad_words"}
+_FORMS = {"response_format", "structured_outputs"}
+_ELSEWHERE = {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "bad_words"} | _FORMS
 _SAME = [name for name in SamplingBody.model_fields if name not in _ELSEWHERE]
 
 
@@ -139,36 +146,6 @@ class CompletionBody(SamplingBody):
     add_special_tokens: bool | None = None
 
 
-class Part(Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1, max_length=1024)]
-    name: Annotated[str, Field(max_length=64)] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, value: Any) -> Any:
-        absent = ("refusal", "audio", "tool_calls", "function_call")
-        if isinstance(value, dict):
-            return {name: own for name, own in value.items() if not (name in absent and own is None)}
-        return value
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates want it: the texts of the parts one after the other."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 Scalar = str | bool | int | float | None
 _TAKEN = {"messages", "tools", "answer", "self", "add_generation_prompt"}
 
@@ -177,6 +154,9 @@ class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
     max_completion_tokens: Whole | None = None
@@ -197,6 +177,8 @@ class ChatBody(SamplingBody):
             raise invalid("top_logprobs: set logprobs as well", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise invalid("max_tokens and max_completion_tokens contradict each other", "max_completion_tokens")
+        check_tools(self.tools, self.tool_choice)
+        check_calls(self.messages)
         return self
 
 
@@ -239,12 +221,8 @@ _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
     CompletionBody: {**_BOTH, "suffix": ("",)},
     ChatBody: {
         **_BOTH,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -269,7 +247,7 @@ def parse(kind: type[B], value: dict[str, Any]) -> B:
     Raises:
         ApiError: 400, with the name of what is wrong or not honoured.
     """
-    neutral = _NEUTRAL.get(kind, {})
+    neutral = _NEUTRAL.get(kind, kind.neutral)
     left = {}
     for name, given in value.items():
         if name not in neutral:

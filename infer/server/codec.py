@@ -85,7 +85,19 @@ class Codec:
     async def conversation(
         self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Token ids of a conversation.
+        """Token ids of a conversation; see :meth:`converse`."""
+        return (await self.converse(messages, answer=answer, variables=variables))[0]
+
+    async def converse(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        answer: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        param: str = "messages",
+    ) -> tuple[list[int], str]:
+        """Token ids of a conversation, and how its text ends, but for white space.
 
         Raises:
             ApiError: the model has no chat template or no tokenizer.
@@ -93,14 +105,22 @@ class Codec:
         """
         template = self.template
         if template is None:
-            raise invalid("messages: the model has no chat template; use /v1/completions", "messages")
-        tokenizer = self._needed("messages")
+            raise invalid(f"{param}: the model has no chat template; use /v1/completions", param)
+        tokenizer = self._needed(param)
 
-        def work() -> list[int]:
-            text = template.render(messages, answer=answer, **(variables or {}))
-            return tokenizer.encode(text, add_special_tokens=False).ids
+        def work() -> tuple[list[int], str]:
+            text = template.render(messages, tools=tools, answer=answer, **(variables or {}))
+            return tokenizer.encode(text, add_special_tokens=False).ids, text[-100:].rstrip()
 
         return await asyncio.to_thread(work)
+
+    def token(self, text: str) -> int | None:
+        """The token that is this mark; None: it is spelled by several."""
+        return None if self.tokenizer is None else self.tokenizer.token_to_id(text)
+
+    def special(self, text: str) -> bool:
+        """Whether this mark is a special token, which texts are without."""
+        return self._detokenizer is not None and self.token(text) in self._detokenizer.special
 
     async def decode(self, tokens: Sequence[int], *, skip: bool = False) -> str:
         """The text of tokens, with special tokens unless ``skip``; nothing if there is no tokenizer."""

@@ -115,8 +115,8 @@ class _Completions(Form):
         if event.text or logprobs or event.finish_reason:
             yield self._choice(place, event.choice, event.text, logprobs, event.finish_reason)
 
-    def cut(self, place: int, choice: int) -> dict[str, Any]:
-        return self._choice(place, choice, "", None, "abort")
+    def cut(self, place: int, choice: int) -> Iterator[dict[str, Any]]:
+        yield self._choice(place, choice, "", None, "abort")
 
     def choices(self, tally: Tally) -> list[dict[str, Any]]:
         return [

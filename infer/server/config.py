@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+from infer.server.calls.formats import FORMATS
 from parallel.config import option
 
 __all__ = ["ServerConfig"]
@@ -29,7 +31,25 @@ class ServerConfig:
     most_n: int = option(16, "most completions or beams of a prompt")
     most_prompts: int = option(128, "most prompts of a request")
     most_logprobs: int = option(20, "most log-probabilities a token")
+    tool_parser: str = option(
+        "auto",
+        "how the model writes calls of functions: hermes, llama, mistral, pythonic, none; auto: its template says",
+    )
+    reasoning_parser: Literal["auto", "none", "think"] = option(
+        "auto", "think: what is between <think> and </think> is no content; auto: if the template has them"
+    )
+    origins: tuple[str, ...] = option((), "web pages of other sites that may open WebSockets here; *: all of them")
+    hosts: tuple[str, ...] = option(
+        (), "names under which a server without keys answers, besides addresses and localhost; *: every name"
+    )
+    socket_requests: int = option(16, "requests that may be under way on one WebSocket")
+    socket_idle_s: float = option(300.0, "longest time that a WebSocket may be open with nothing under way")
+    form_s: float = option(
+        1.0, "longest time to compile a form (JSON schema, grammar ...) that a completion is to keep"
+    )
+    form_mib: int = option(512, "memory that compiling it may take")
     metrics: bool = option(True, "/metrics among the other routes; else only the application of its own has it")
+    page: Literal["auto", "open", "off"] = option("auto", "the page at /; open: shown without a key (it asks for one)")
 
     def __repr__(self) -> str:
         return f"ServerConfig({len(self.keys)} keys)"
@@ -41,10 +61,21 @@ class ServerConfig:
                 yield f"keys[{place}]: must be at least {SHORTEST_KEY} printable ASCII characters without spaces"
         if len(set(self.keys)) < len(self.keys):
             yield "keys: one is given twice"
-        wholes = ("queue_requests", "queue_tokens", "body_bytes", "most_n", "most_prompts")
-        for name in (*wholes, "retry_s", "queue_s", "deadline_s", "write_s", "body_s", "ping_s"):
+        wholes = (
+            "queue_requests",
+            "queue_tokens",
+            "body_bytes",
+            "most_n",
+            "most_prompts",
+            "socket_requests",
+            "form_mib",
+        )
+        seconds = ("retry_s", "queue_s", "deadline_s", "write_s", "body_s", "ping_s", "socket_idle_s", "form_s")
+        for name in (*wholes, *seconds):
             if not getattr(self, name) > 0:
                 yield f"{name} = {getattr(self, name)}: must be more than 0"
+        if self.tool_parser not in ("auto", "none", *FORMATS):
+            yield f"tool_parser = {self.tool_parser!r}: there is none; known are auto, none, {', '.join(FORMATS)}"
         if self.most_logprobs < 0:
             yield f"most_logprobs = {self.most_logprobs}: must not be negative"
         if self.queue_s > self.deadline_s:

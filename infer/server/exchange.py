@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infer.server.errors import ApiError, invalid
 
-__all__ = ["Exchange", "Left", "encode", "send_error", "send_json"]
+__all__ = ["Exchange", "Left", "encode", "read_object", "refuse_socket", "send_error", "send_json"]
 
 encode = msgspec.json.Encoder().encode
 DEEPEST = 64
@@ -35,6 +36,18 @@ async def send_error(send: Send, error: ApiError, headers: Mapping[str, str] | N
     await send_json(send, error.status, encode(error.body()), {**error.headers, **(headers or {})})
 
 
+async def refuse_socket(scope: Scope, send: Send, error: ApiError) -> None:
+    """Answer a handshake with an error, where the HTTP server can do so."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008})
+        return
+
+    async def renamed(message: Message) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await send_error(renamed, error)
+
+
 class Exchange:
     """A request that is being answered.
 
@@ -47,11 +60,15 @@ class Exchange:
         status: that was sent; 0: none yet.
         outcome: for statistics, where the status does not say it.
         began: whether the answer has begun.
+        failing: what to tell of an error once a stream has begun.
+        names: of fields that the client calls otherwise than the engine.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, id: str, write_s: float) -> None:
         self.scope, self.receive, self.id = scope, receive, id
         self.status, self.outcome = 0, ""
+        self.names: dict[str, str] = {}
+        self.failing: Callable[[ApiError], Iterable[dict[str, Any]]] = lambda error: (error.body(),)
         self._send, self._write_s = send, write_s
         self._headers = {"x-request-id": id, "cache-control": "no-store"}
 
@@ -88,7 +105,7 @@ class Exchange:
             raise _too_large(most)
         data = bytearray()
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds * random.uniform(0.9, 1.0)):  # those of a crowd end one by one
                 more = True
                 while more:
                     message = await self.receive()
@@ -101,7 +118,7 @@ class Exchange:
         except TimeoutError:
             late = f"the body did not arrive within {seconds:g} s"
             raise ApiError(408, late, headers={"connection": "close"}) from None
-        return _object(data)
+        return read_object(data)
 
     async def write(self, message: Message) -> None:
         """Send a part of the answer.
@@ -127,24 +144,27 @@ class Exchange:
         self.status = 200
         await send_json(self.write, 200, text.encode(), self._headers, kind.encode())
 
-    async def event(self, value: Any) -> None:
-        """Answer with one event more."""
+    async def event(self, value: Any, *, named: bool = False) -> None:
+        """Answer with one event more; ``named`` by its type."""
         if not self.began:
             self.status = 200
             kind = {**self._headers, "content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
             headers = [(name.encode(), text.encode()) for name, text in kind.items()]
             await self.write({"type": "http.response.start", "status": 200, "headers": headers})
-        await self.write({"type": "http.response.body", "body": b"data: %b\n\n" % encode(value), "more_body": True})
+        name = b"event: %b\n" % value["type"].encode() if named else b""
+        body = b"%bdata: %b\n\n" % (name, encode(value))
+        await self.write({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def done(self) -> None:
-        """The last event."""
-        await self.write({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+    async def done(self, *, mark: bool = True) -> None:
+        """No event follows, which a last one says if there is a mark."""
+        await self.write({"type": "http.response.body", "body": b"data: [DONE]\n\n" if mark else b""})
 
     async def fail(self, error: ApiError) -> None:
         """Answer with an error; if the answer has begun, as its last event."""
         if self.began:
-            await self.event(error.body())
-            await self.write({"type": "http.response.body", "body": b""})
+            for value in self.failing(error):
+                await self.event(value, named="type" in value)
+            await self.done(mark=False)
             return
         self.status = error.status
         await send_error(self.write, error, self._headers)
@@ -154,17 +174,22 @@ def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most} bytes", headers={"connection": "close"})
 
 
-def _object(data: bytearray) -> dict[str, Any]:
+def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
+    """The JSON object that these bytes are.
+
+    Raises:
+        ApiError: they are none, or one that is too deep.
+    """
     try:
         value = msgspec.json.decode(data)
     except RecursionError:
-        raise invalid("the body is nested too deeply") from None
+        raise invalid(f"the {what} is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise invalid("the body is not JSON") from None
+        raise invalid(f"the {what} is not JSON") from None
     if not isinstance(value, dict):
-        raise invalid("the body must be a JSON object")
+        raise invalid(f"the {what} must be a JSON object")
     if not _shallow(value):
-        raise invalid("the body is nested too deeply")
+        raise invalid(f"the {what} is nested too deeply")
     return value
 
 

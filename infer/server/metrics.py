@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTCOMES", "ROUTES", "Histogram", "Metrics"]
 
-ROUTES = ("completions", "chat", "embeddings", "tokenize", "detokenize", "models", "health", "other")
+ROUTES = ("completions", "chat", "responses", "embeddings", "tokenize", "detokenize", "models", "health", "other")
 OUTCOMES = ("ok", "refused", "limited", "deadline", "gone", "failed")
 """``refused``: the request was wrong; ``limited``: 429 or 503; ``gone``: its client left."""
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -7,12 +7,16 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from infer.server.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from infer.server.response_body import ResponsesBody
 
 __all__ = ["document"]
+
+_JSON = "application/json"
 
 _POSTS: dict[str, tuple[type[Body], str, bool]] = {
     "/v1/completions": (CompletionBody, "continue prompts", True),
     "/v1/chat/completions": (ChatBody, "answer a conversation", True),
+    "/v1/responses": (ResponsesBody, "answer a conversation with items; nothing is stored", True),
     "/v1/embeddings": (EmbeddingBody, "vectors of texts", False),
     "/tokenize": (TokenizeBody, "token ids of a text or of a conversation", False),
     "/detokenize": (DetokenizeBody, "the text of token ids", False),
@@ -25,7 +29,10 @@ _GETS = {
     "/version": "of the program",
     "/openapi.json": "this document",
     "/metrics": "counters, gauges and histograms for Prometheus",
+    "/v1/stream": "many requests on one WebSocket",
+    "/": "a page: a chat, and pictures of what the server does",
 }
+_KINDS = {"/metrics": "text/plain", "/": "text/html"}
 _ERRORS = {
     "400": "the request is wrong, or asks for what is not honoured",
     "401": "no known API key",
@@ -55,13 +62,14 @@ _ERROR: dict[str, Any] = {
 }
 
 
-def document(version: str, *, keys: bool, metrics: bool) -> dict[str, Any]:
+def document(version: str, *, keys: bool, metrics: bool, page: str = "auto") -> dict[str, Any]:
     """The routes.
 
     Args:
         version: of the program.
         keys: whether an API key is needed.
         metrics: whether /metrics is among the routes.
+        page: ``"off"``: there is none at /; ``"open"``: it needs no key.
     """
     kinds = [(kind, "validation") for kind, _, _ in _POSTS.values()]
     _, schema = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # pyright: ignore[reportArgumentType]
@@ -72,13 +80,16 @@ def document(version: str, *, keys: bool, metrics: bool) -> dict[str, Any]:
         body = {"required": True, "content": content}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": _responses(streams)}}
     for path, summary in _GETS.items():
-        if path == "/metrics" and not metrics:
+        if (path == "/metrics" and not metrics) or (path == "/" and page == "off"):
             continue
-        get: dict[str, Any] = {"summary": summary, "responses": _responses(False, text=path == "/metrics")}
+        get: dict[str, Any] = {"summary": summary, "responses": _responses(False, _KINDS.get(path, _JSON))}
         if "{name}" in path:
             get["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-        if path == "/health/live":
+        if path == "/health/live" or (path == "/" and page == "open"):
             get["security"] = []
+        if path == "/v1/stream":
+            del get["responses"]["200"]
+            get["responses"] |= {"101": {"description": "a WebSocket"}, "426": {"description": "only as a WebSocket"}}
         paths[path] = {"get": get}
     value: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -92,10 +103,10 @@ def document(version: str, *, keys: bool, metrics: bool) -> dict[str, Any]:
     return value
 
 
-def _responses(streams: bool, *, text: bool = False) -> dict[str, Any]:
-    content: dict[str, Any] = {"text/plain": {}} if text else {"application/json": {}}
+def _responses(streams: bool, kind: str = _JSON) -> dict[str, Any]:
+    content: dict[str, Any] = {kind: {}}
     if streams:
         content["text/event-stream"] = {}
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    error = {_JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}
     wrong = {status: {"description": why, "content": error} for status, why in _ERRORS.items()}
     return {"200": {"description": "the answer", "content": content}, **wrong}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from starlette.types import Receive, Scope, Send
 
+from infer.constrain.checker import Checker
+from infer.params import SamplingParams
 from infer.request import RequestError
-from infer.server.bodies import Body, parse
+from infer.server.bodies import Body, SamplingBody, parse
 from infer.server.codec import Codec
 from infer.server.config import ServerConfig
+from infer.server.dialect import Dialect
 from infer.server.engine import EngineGone, ModelInfo, ServedEngine
 from infer.server.errors import ApiError, of_problems
 from infer.server.exchange import Exchange, Left
@@ -25,6 +28,7 @@ from parallel.errors import DataError
 __all__ = ["Endpoint", "Handler", "Server"]
 
 B = TypeVar("B", bound=Body)
+_FORMS_WAITING = 32
 
 
 class Server:
@@ -39,6 +43,7 @@ class Server:
     Attributes:
         admission: what waits.
         metrics: what was done.
+        dialect: how the model writes calls and reasoning.
         draining: no more requests are taken.
         failed: called with each exception that nobody expected; its message may hold what a client sent.
     """
@@ -47,6 +52,8 @@ class Server:
         self.engine, self.model, self.codec, self.config = engine, model, codec, config
         self.admission = Admission(config.queue_requests, config.queue_tokens, config.retry_s)
         self.metrics = Metrics()
+        self.forms = Checker(codec.tokenizer, model.vocabulary, seconds=config.form_s, memory=config.form_mib << 20)
+        self.dialect = Dialect.of(codec.template, config.tool_parser, config.reasoning_parser)
         self.draining = self._over = False
         self.failed: Callable[[BaseException], None] = lambda _error: None
         self._flights: set[Flight] = set()
@@ -103,7 +110,22 @@ class Server:
         name = getattr(body, "model", None)
         if name is not None and name not in self.model.names:
             raise ApiError(404, "model: there is no model of this name", param="model", code="model_not_found")
+        if isinstance(body, SamplingBody):
+            exchange.names = {"constraint": body.form_field}
         return body
+
+    async def check_forms(self, params: Sequence[SamplingParams]) -> None:
+        """Try the forms that completions are to keep, where that can do no harm.
+
+        Raises:
+            RequestError: they cannot be kept.
+            ApiError: 429, too many wait to be tried.
+        """
+        for constraint in dict.fromkeys(own.constraint for own in params if own.constraint is not None):
+            if self.forms.waiting >= _FORMS_WAITING:
+                raise ApiError(429, "too many forms wait to be compiled; try again later", headers=self._retry())
+            if problem := await self.forms.problem(constraint):
+                raise RequestError(f"constraint: {problem}")
 
     def flight(self, exchange: Exchange) -> Flight:
         """What bounds a request that is under way.
@@ -122,7 +144,10 @@ class Server:
 
     def unavailable(self, message: str, code: str | None = None) -> ApiError:
         """503, and when to come back."""
-        return ApiError(503, message, code=code, headers={"retry-after": str(self.config.retry_s)})
+        return ApiError(503, message, code=code, headers=self._retry())
+
+    def _retry(self) -> dict[str, str]:
+        return {"retry-after": str(self.config.retry_s)}
 
     def begin(self) -> None:
         """A request has come."""
@@ -164,9 +189,12 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        write_s = self.server.config.write_s
+        await self.serve(Exchange(scope, receive, send, id=secrets.token_hex(12), write_s=write_s))
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer one request, however it came."""
         server = self.server
-        id = secrets.token_hex(12)
-        exchange = Exchange(scope, receive, send, id=id, write_s=server.config.write_s)
         began = time.monotonic()
         if self.works:
             server.begin()
@@ -177,7 +205,7 @@ class Endpoint:
                 server.end()
             outcome = exchange.outcome or ("" if exchange.began else "gone")
             server.metrics.count(self.route, exchange.status, outcome)
-            if self.route in ("completions", "chat", "embeddings"):
+            if self.route in ("completions", "chat", "responses", "embeddings"):
                 server.metrics.whole.observe(time.monotonic() - began)
 
     async def _guarded(self, exchange: Exchange) -> None:
@@ -198,7 +226,7 @@ class Endpoint:
             exchange.outcome = exchange.outcome or ("failed" if exchange.began else "")
             return error
         if isinstance(error, RequestError | DataError):
-            return of_problems(error.problems)
+            return of_problems(error.problems, exchange.names)
         exchange.outcome = "failed"
         if isinstance(error, EngineGone):
             return self.server.unavailable("the engine is not there", "engine_gone")

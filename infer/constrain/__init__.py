@@ -1,0 +1,3 @@
+"""Completions that keep a form: compiled by llguidance, kept by masks over the vocabulary."""
+
+__all__: list[str] = []

@@ -1,0 +1,1 @@
+"""``bench``: what a server does under load."""
