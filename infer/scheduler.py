@@ -129,7 +129,8 @@ class Scheduler:
         if running.decoding.count:
             self._cross()
         chunks = self._chunks(self.config.budget - running.decoding.count)
-        if not chunks and not running.decoding.count and self.queue and not self._flights:
+        idle = not chunks and not running.decoding.count and all(flight.step.empty for flight in self._flights)
+        if idle and self.queue:
             chunks = self._unblock()
         self.admission.prefetch()
         moves = self.memory.finish_plan()

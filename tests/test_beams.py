@@ -87,3 +87,20 @@ def test_nothing_else_matters(ranks: Ranks, folder: Path) -> None:
 def test_what_beams_cannot_do_is_refused(folder: Path) -> None:
     (found,) = LLM(folder, config=config_of()).generate([[7]], SamplingParams(beams=2, logprobs=1))
     assert "reports scores only" in found.error
+
+
+@pytest.mark.parametrize("running", [2, 5])
+def test_more_beams_than_rows_take_turns_while_steps_overlap(folder: Path, running: int) -> None:
+    """All rows come to be held by beams that wait for beams without one: these must get theirs all the same."""
+    prompts = [[3 + place, *range(5, 9 + place)] for place in range(6)]
+    params = [SamplingParams(max_tokens=12, beams=3)] * 6
+    want = [own.choices[0].tokens for own in LLM(folder, config=config_of()).generate(prompts, params)]
+    engine = LLM(folder, config=config_of(running=running, overlap=True, chunk=3)).engine
+    ids = [engine.add(prompt, own, seed=1) for prompt, own in zip(prompts, params, strict=True)]
+    found = {}
+    for _ in range(5000):
+        found |= {event.id: event.completion for event in engine.step() if event.completion is not None}
+        if not engine.busy:
+            break
+    assert [found[id].choices[0].tokens for id in ids] == want
+    engine.scheduler.check()
