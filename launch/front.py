@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import gc
 import os
 import secrets
 import signal
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +23,16 @@ from typing import Protocol
 import uvicorn
 from starlette.applications import Starlette
 
+from infer.audit import Stats
 from infer.build import load_text
 from infer.chat import ChatTemplate
 from infer.limits import Limits
+from infer.server.admin import create_admin_app
 from infer.server.app import create_app
 from infer.server.client import RemoteEngine
 from infer.server.codec import Codec
 from infer.server.config import ServerConfig
+from infer.server.edge import AT_ONCE, EdgeConfig, Listener, edge, room
 from infer.server.engine import ModelInfo
 from infer.server.router import Router
 from infer.server.wire import KEY_BYTES
@@ -55,7 +60,9 @@ class Front:
         drain_s: how long requests in flight may take after SIGTERM.
         folder: of the model.
         names: by which clients ask for it; none: the name of its folder.
-        http: limits.
+        http, edge: limits.
+        admin_port: of what only those who run the server may do, on 127.0.0.1; 0: there is none.
+        admin_key: that they need.
         context: most tokens of a text; 0: what the model was made for.
         layout: of all engines together; ``dp`` is how many there are.
         key_file: a secret that all machines share; empty: engines are on this one.
@@ -68,6 +75,9 @@ class Front:
     folder: Path
     names: tuple[str, ...]
     http: ServerConfig
+    edge: EdgeConfig
+    admin_port: int
+    admin_key: str
     context: int
     layout: Layout
     key_file: str
@@ -213,37 +223,76 @@ class _Desk:
     async def open(self, hosting: _Hosting) -> int:
         """Serve until a signal, or until an engine refuses to be; the exit code."""
         front = self._front
-        with _listening(front.host, front.port, front.http.write_s) as listener:
-            pairs = [await hosting.engine(replica) for replica in range(front.layout.dp)]
-            remotes = [remote for remote, _ in pairs]
-            supervisors = [Supervisor(life, _asked(remote), _say) for remote, life in pairs]
-            app = _app(front, Router(remotes))
-            server = _uvicorn(app, front.http)
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
-            engines = [asyncio.create_task(supervisor.run()) for supervisor in supervisors]
-            told = [asyncio.create_task(self._signals.get()), asyncio.create_task(hosting.leaves())]
-            announcing = asyncio.create_task(_announce(remotes, listener))
-            await asyncio.wait([serving, *engines, *told], return_when=asyncio.FIRST_COMPLETED)
-            code = max([engine.result() for engine in engines if engine.done()], default=0)
-            for reason in (task.result() for task in told if task.done()):
-                _say(f"{reason}: requests in flight may finish, for {front.drain_s:g} s")
-                await _drained(app, asyncio.create_task(self._signals.get()), front.drain_s)
-            for task in (announcing, *told):
-                task.cancel()
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(_listening(front.host, front.port, front.http.write_s))
+            engines = [_Engine(*await hosting.engine(replica)) for replica in range(front.layout.dp)]
+            app = _app(front, Router([engine.remote for engine in engines]))
+            servers = [(_uvicorn(app, front), listener)]
+            if front.admin_port:
+                leave = lambda: self._signals.put_nowait("POST /drain")  # noqa: E731
+                admin = create_admin_app(app.state.server, engines, front.admin_key, leave)
+                place = stack.enter_context(_listening("127.0.0.1", front.admin_port, front.http.write_s))
+                servers.append((_uvicorn(admin, front), place))
+            gc.collect()
+            gc.freeze()  # looking through all that is imported would take a tenth of a second each time
+            return await self._until_told(hosting, app, servers, engines)
+
+    async def _until_told(
+        self,
+        hosting: _Hosting,
+        app: Starlette,
+        servers: Sequence[tuple[uvicorn.Server, socket.socket]],
+        engines: Sequence[_Engine],
+    ) -> int:
+        front = self._front
+        serving = [asyncio.create_task(server.serve(sockets=[listener])) for server, listener in servers]
+        running = [asyncio.create_task(engine.supervisor.run()) for engine in engines]
+        told = [asyncio.create_task(self._signals.get()), asyncio.create_task(hosting.leaves())]
+        announcing = asyncio.create_task(_announce([engine.remote for engine in engines], servers[0][1]))
+        await asyncio.wait([*serving, *running, *told], return_when=asyncio.FIRST_COMPLETED)
+        code = max([task.result() for task in running if task.done()], default=0)
+        for reason in (task.result() for task in told if task.done()):
+            _say(f"{reason}: requests in flight may finish, for {front.drain_s:g} s")
+            await _drained(app, asyncio.create_task(self._signals.get()), front.drain_s)
+        for task in (announcing, *told):
+            task.cancel()
+        for server, _ in servers:
             server.should_exit = True
-            for remote in remotes:
-                remote.close()
-            await asyncio.gather(*(supervisor.stop(grace_s=_GRACE_S) for supervisor in supervisors))
-            await hosting.over(code)
-            await asyncio.wait([serving, *engines], timeout=_GRACE_S)
-            return code
+        for engine in engines:
+            engine.remote.close()
+        await asyncio.gather(*(engine.supervisor.stop(grace_s=_GRACE_S) for engine in engines))
+        await hosting.over(code)
+        await asyncio.wait([*serving, *running], timeout=_GRACE_S)
+        return code
 
 
-def _asked(remote: RemoteEngine) -> Callable[[], Awaitable[bool | None]]:
-    async def works() -> bool | None:
-        return await remote.ping(10.0) if remote.there else None
+class _Engine:
+    """An engine, its channel and who keeps it alive; a :class:`~infer.server.admin.Kept`."""
 
-    return works
+    def __init__(self, remote: RemoteEngine, life: Life) -> None:
+        self.remote, self._life = remote, life
+        self.supervisor = Supervisor(life, self._asked, _say)
+
+    @property
+    def there(self) -> bool:
+        return self.remote.there
+
+    @property
+    def works(self) -> bool:
+        return self.remote.works
+
+    @property
+    def restarts(self) -> int:
+        return self.supervisor.restarts
+
+    def stats(self) -> Stats | None:
+        return self.remote.stats()
+
+    def restart(self) -> None:
+        self._life.kill()
+
+    async def _asked(self) -> bool | None:
+        return await self.remote.ping(10.0) if self.remote.there else None
 
 
 def _app(front: Front, engine: Router) -> Starlette:
@@ -270,10 +319,11 @@ def _template(folder: Path) -> ChatTemplate | None:
         return None
 
 
-def _uvicorn(app: Starlette, config: ServerConfig) -> uvicorn.Server:
-    options = {"log_level": "warning", "access_log": False, "lifespan": "off", "http": "h11", "ws": "websockets-sansio"}
-    options |= {"ws_max_size": app.state.server.config.body_bytes, "ws_per_message_deflate": False}
-    server = uvicorn.Server(uvicorn.Config(app, timeout_keep_alive=5, **options))
+def _uvicorn(app: Starlette, front: Front) -> uvicorn.Server:
+    options = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "websockets-sansio"}
+    options |= {"ws_max_size": front.http.body_bytes, "ws_per_message_deflate": False, "backlog": AT_ONCE}
+    limits = dataclasses.replace(front.edge, connections=room(front.edge.connections))
+    server = uvicorn.Server(uvicorn.Config(app, http=edge(limits), **options))
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     return server
 
@@ -281,7 +331,7 @@ def _uvicorn(app: Starlette, config: ServerConfig) -> uvicorn.Server:
 def _listening(host: str, port: int, unread_s: float) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=1024)
+        listener = Listener(fileno=socket.create_server((host, port), family=family).detach())
     except OSError as error:
         raise ConfigError(f"host = {host!r}, port = {port}: {error.strerror or error}") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have it from here: who does not read for so long is gone

@@ -22,8 +22,9 @@ from parallel.mesh import Layout
 from parallel.pp import partition
 
 try:
+    from infer.server.edge import EdgeConfig
     from launch.front import Front, serve
-    from launch.worker import read_key, run_engine
+    from launch.worker import read_key, read_secret, run_engine
 except ModuleNotFoundError as missing:
     raise ConfigError(f"serve: {missing.name} is not installed; pip install 'lockstep[serve]'") from None
 
@@ -45,8 +46,11 @@ class ServeConfig:
     layout: Layout = option(Layout(sequence_parallel=False), "degrees of parallelism: tp, pp; dp: as many engines")
     engine: EngineConfig = option(EngineConfig(), "memory, scheduling")
     http: ServerConfig = option(ServerConfig(), "limits")
+    edge: EdgeConfig = option(EdgeConfig(), "connections")
     names: tuple[str, ...] = option((), "by which clients ask for the model (none: the name of its folder)")
     keys_file: str = option("", "a file with an API key a line; with any, every route but /health/live asks for one")
+    admin_port: int = option(0, "port on 127.0.0.1 for /metrics, /engines and more; 0: none")
+    admin_key_file: str = option("", "a file with the key that admin_port asks for")
     channel_key_file: str = option("", "a file with the same secret on every machine; needed by engines on several")
     channel: str = option("", "set for engine processes by the server itself, as the next two")
     channel_key: str = option("", "file with the key of the channel")
@@ -56,11 +60,16 @@ class ServeConfig:
         """Why these options do not go together."""
         if not 0 <= self.port < 65536:
             yield f"port = {self.port}: must be at least 0 and below 65536"
+        if not 0 <= self.admin_port < 65536 or 0 < self.admin_port == self.port:
+            yield f"admin_port = {self.admin_port}: must be at least 0, below 65536, and not that of clients"
+        if bool(self.admin_port) != bool(self.admin_key_file):
+            yield "admin_port and admin_key_file: give both or none"
         if self.drain_s < 0:
             yield f"drain_s = {self.drain_s}: must not be negative"
         yield from layout_refusals(self.layout, "cp", "ep", "etp")
         yield from self.engine.problems()
         yield from self.http.problems()
+        yield from self.edge.problems()
         if self.http.keys:
             yield "http.keys: whoever may list processes would read them: give --keys-file FILE"
 
@@ -93,6 +102,9 @@ def main(arguments: Sequence[str]) -> int:
         folder=folder,
         names=config.names,
         http=config.http,
+        edge=config.edge,
+        admin_port=config.admin_port,
+        admin_key=read_secret("admin_key_file", Path(config.admin_key_file)) if config.admin_port else "",
         context=config.engine.context,
         layout=config.layout,
         key_file=config.channel_key_file,

@@ -20,7 +20,7 @@ from infer.server.worker import Worker
 from parallel.errors import ConfigError
 from parallel.mesh import Mesh
 
-__all__ = ["identity", "read_key", "run_engine"]
+__all__ = ["identity", "read_key", "read_secret", "run_engine"]
 
 
 def run_engine(
@@ -58,21 +58,35 @@ async def _work(address: str, key: bytes, engine: Engine | Replica, hello: Hello
         await Worker(channel, running, hello, lambda: engine.stats).run()
 
 
-def read_key(path: Path) -> bytes:
-    """The key of a channel: the content of a file that only its owner may read.
+def read_secret(option: str, path: Path, least: int = 16) -> str:
+    """The content of a file that only its owner may read, without white space around it.
+
+    Args:
+        option: where it is named.
+        path: of the file.
+        least: characters.
 
     Raises:
-        ConfigError: there is none, others may read it, or it is too short.
+        ConfigError: there is none, others may read it, it is too short or no plain text.
     """
     try:
-        mode, content = path.stat().st_mode, path.read_bytes().strip()
-    except OSError as error:
-        raise ConfigError(f"channel_key_file = {str(path)!r}: {error.strerror or error}") from None
+        mode, content = path.stat().st_mode, path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} = {str(path)!r}: {getattr(error, 'strerror', None) or error}") from None
     if mode & 0o077:
-        raise ConfigError(f"channel_key_file = {str(path)!r}: others may read it; chmod 600")
-    if len(content) < KEY_BYTES:
-        raise ConfigError(f"channel_key_file = {str(path)!r}: {len(content)} bytes; at least {KEY_BYTES} are needed")
-    return hashlib.sha256(content).digest()
+        raise ConfigError(f"{option} = {str(path)!r}: others may read it; chmod 600")
+    if len(content) < least or not content.isprintable() or " " in content:
+        raise ConfigError(f"{option} = {str(path)!r}: at least {least} printable characters without spaces are needed")
+    return content
+
+
+def read_key(path: Path) -> bytes:
+    """The key of a channel: from a secret of at least 32 characters.
+
+    Raises:
+        ConfigError: as :func:`read_secret`.
+    """
+    return hashlib.sha256(read_secret("channel_key_file", path, KEY_BYTES).encode()).digest()
 
 
 def identity(folder: Path) -> str:

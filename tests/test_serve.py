@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -222,3 +224,40 @@ def test_several_engines_behind_one_address(folder: Path) -> None:
             assert time.monotonic() < end
             time.sleep(0.1)
         assert server.stop() == 0
+
+
+def test_those_who_run_it_have_an_address_of_their_own(folder: Path, tmp_path: Path) -> None:
+    key = tmp_path / "admin"
+    key.write_text("sesame-open-sesame\n")
+    key.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--admin-port", str(port), "--admin-key-file", str(key), "--http.metrics", "false")
+    with serving(folder, *options) as server:
+
+        def ask(path: str, method: str = "GET", secret: str = "sesame-open-sesame") -> tuple[int, bytes]:
+            asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
+            asked.add_header("Authorization", f"Bearer {secret}")
+            try:
+                with urllib.request.urlopen(asked, timeout=10) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read()
+
+        for path in ("/metrics", "/engines", "/nothing"):
+            assert ask(path, secret="open-sesame-sesame")[0] == 401
+        assert ask("/metrics")[0] == 200 and b"lockstep_" in ask("/metrics")[1]
+        assert ask("/engines/1/restart", "POST")[0] == 404 and ask("/v1/models")[0] == 404
+        for path in ("/metrics", "/engines", "/drain", "/engines/0/restart"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"{server.address}{path}", timeout=10)
+        (engine,) = server.engines()
+        assert ask("/engines/0/restart", "POST")[0] == 200
+        server.awaited("it is started again")
+        end = time.monotonic() + 30
+        while not (told := json.loads(ask("/engines")[1])["engines"][0])["there"]:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert told["restarts"] == 1 and engine not in server.engines()
+        assert ask("/drain", "POST")[0] == 200
+        assert server.process.wait(20) == 0

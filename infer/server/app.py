@@ -28,7 +28,7 @@ from infer.server.texts import detokenize, embeddings, tokenize
 from infer.server.websocket import WebSockets
 from parallel.errors import ConfigError, refuse
 
-__all__ = ["create_app", "create_metrics_app"]
+__all__ = ["create_app", "create_metrics_app", "metrics", "unrouted"]
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,7 +61,7 @@ def create_app(engine: ServedEngine, model: ModelInfo, codec: Codec, config: Ser
     app = Starlette(
         routes=list(_routes(server)),
         middleware=[Middleware(RequireKey, keys=Keys(config.keys), page=config.page == "open", hosts=config.hosts)],
-        exception_handlers={HTTPException: partial(_unrouted, server)},
+        exception_handlers={HTTPException: partial(unrouted, server)},
     )
     app.router.redirect_slashes = False
     app.state.server = server
@@ -71,8 +71,8 @@ def create_app(engine: ServedEngine, model: ModelInfo, codec: Codec, config: Ser
 
 def create_metrics_app(server: Server) -> Starlette:
     """An application with nothing but /metrics, for an address of its own."""
-    endpoint = Endpoint(server, _metrics, "other", works=False)
-    handlers = {HTTPException: partial(_unrouted, server)}
+    endpoint = Endpoint(server, metrics, "other", works=False)
+    handlers = {HTTPException: partial(unrouted, server)}
     return Starlette(routes=[Route("/metrics", endpoint, methods=["GET"])], exception_handlers=handlers)
 
 
@@ -102,7 +102,7 @@ def _routes(server: Server) -> list[Route | WebSocketRoute]:
         route("/openapi.json", _openapi, "other"),
     ]
     if server.config.metrics:
-        routes.append(route("/metrics", _metrics, "other", works=False))
+        routes.append(route("/metrics", metrics, "other", works=False))
     if server.config.page != "off":
         page = render(keys=bool(server.config.keys), pictures=server.config.metrics)
         routes.append(route(PAGE, partial(_page, page), "other", works=False))
@@ -164,14 +164,15 @@ async def _openapi(server: Server, exchange: Exchange) -> None:
     )
 
 
-async def _metrics(server: Server, exchange: Exchange) -> None:
+async def metrics(server: Server, exchange: Exchange) -> None:
+    """GET /metrics."""
     lines = server.metrics.lines(
         server.engine.stats(), server.admission, in_flight=server.in_flight, draining=server.draining
     )
     await exchange.text("\n".join(lines) + "\n", PROMETHEUS)
 
 
-async def _unrouted(server: Server, request: Request, error: Exception) -> Response:
+async def unrouted(server: Server, request: Request, error: Exception) -> Response:
     """What is no route, or not by this method."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     messages = {404: "there is no such route", 405: "this route has other methods"}

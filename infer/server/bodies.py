@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import FailFast, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from infer.params import SamplingParams
 from infer.server.body import Body
@@ -214,7 +214,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    tokens: Annotated[list[Token], Field(max_length=1 << 20)]
+    tokens: Annotated[list[Token], FailFast(), Field(max_length=1 << 20)]
 
 
 _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {

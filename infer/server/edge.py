@@ -54,9 +54,12 @@ class EdgeConfig:
     idle_s: float = option(5.0, "longest wait for the next request of a connection")
     rest_s: float = option(10.0, "longest time in which a body that nobody wants any more may go on arriving")
 
+    unread_bytes: int = option(1 << 18, "that the system keeps for a client who does not read")
+
     def problems(self) -> Iterator[str]:
         """Why there can be no such limits."""
-        for name, least in (("connections", 1), ("header_bytes", 1024), ("headers", 8)):
+        leasts = (("connections", 1), ("header_bytes", 1024), ("headers", 8), ("unread_bytes", 4096))
+        for name, least in leasts:
             if getattr(self, name) < least:
                 yield f"{name} = {getattr(self, name)}: must be at least {least}"
         for name in ("header_s", "idle_s", "rest_s"):
@@ -204,6 +207,9 @@ class _Edge(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take it, in the place of an idle one if need be."""
         super().connection_made(_Line(transport, self))  # type: ignore[arg-type]
+        own = transport.get_extra_info("socket")
+        if own is not None:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.unread_bytes // 2)  # Linux doubles it
         if len(self.connections) > self.limits.connections:
             if not self.open:
                 self.refuse(ApiError(503, "too many connections", code="too_many_connections"))

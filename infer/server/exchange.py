@@ -15,7 +15,8 @@ from infer.server.errors import ApiError, invalid
 __all__ = ["Exchange", "Left", "encode", "read_object", "refuse_socket", "send_error", "send_json"]
 
 encode = msgspec.json.Encoder().encode
-DEEPEST = 64
+DEEPEST, MOST_FIELDS, MOST_PARTS = 64, 8192, 1 << 16
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 _JSON = b"application/json"
 
 
@@ -175,11 +176,14 @@ def _too_large(most: int) -> ApiError:
 
 
 def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
-    """The JSON object that these bytes are.
+    """The JSON object that these bytes are; it is read while everybody waits.
 
     Raises:
-        ApiError: they are none, or one that is too deep.
+        ApiError: they are none, or one that is too deep or has too many parts.
     """
+    parts = data.count(b"[") + data.count(b"{")
+    if parts > MOST_PARTS:
+        raise invalid(f"the {what} has more than {MOST_PARTS} lists and objects")
     try:
         value = msgspec.json.decode(data)
     except RecursionError:
@@ -188,17 +192,24 @@ def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
         raise invalid(f"the {what} is not JSON") from None
     if not isinstance(value, dict):
         raise invalid(f"the {what} must be a JSON object")
-    if not _shallow(value):
-        raise invalid(f"the {what} is nested too deeply")
+    if problem := _problem(value):
+        raise invalid(f"the {what} {problem}")
     return value
 
 
-def _shallow(value: Any) -> bool:
-    """Whether nothing is deeper than :data:`DEEPEST`."""
-    level = [value]
+def _problem(value: dict[str, Any]) -> str | None:
+    """Whether it is deeper than :data:`DEEPEST`, or an object in it has more than :data:`MOST_FIELDS`."""
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
-        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if len(item) > MOST_FIELDS:
+                    return f"has an object with more than {MOST_FIELDS} fields"
+                item = item.values()
+            if not _PLAIN.issuperset(map(type, item)):
+                deeper += [inner for inner in item if isinstance(inner, dict | list)]
+        level = deeper
         if not level:
-            return True
-    return False
+            return None
+    return "is nested too deeply"
