@@ -112,7 +112,8 @@ def inspect(folder: Path, *, encoders: bool = False) -> Folder:
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such folder")
-    problems: list[str] = []
+    problems = list(_untrusted(folder))
+    refuse(ModelFolderError, problems)
     config = None
     try:
         config = read_config(folder, encoders=encoders)
@@ -136,6 +137,20 @@ def inspect(folder: Path, *, encoders: bool = False) -> Folder:
     if tied and HEAD in entries:
         refuse(ModelFolderError, _head_problems(entries[HEAD], entries[table["embedding.weight"][0].name]))
     return Folder(config, table, entries)
+
+
+def _untrusted(folder: Path) -> Iterator[str]:
+    """What a folder from a stranger may hold: links to other places, and code of its own."""
+    places = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # of a hub's cache, whose files are links to its blobs
+        places.append(places[0].parent.parent / "blobs")
+    for pattern in ("*.json", "*.jinja", "*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+                yield f"{path}: is a link to a place outside the folder"
+    path = folder / "config.json"
+    if path.is_file() and "auto_map" in _read_json(path):
+        yield f"{path}: auto_map names code of the model's own, which is never run; remove it if it is not needed"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -168,6 +168,11 @@ class _ParallelLinear(nn.Module):
             if not section.divides(self.axis.size)
         ]
 
+    @property
+    def _alone(self) -> bool:
+        """Whether nothing but the product is left to do: one rank, no gradients."""
+        return self.axis.size == 1 and not torch.is_grad_enabled()
+
     def extra_repr(self) -> str:
         """In and out features of the whole layer, and the axis."""
         return f"{self.in_features} -> {self.out_features}, {self.axis.name}={self.axis.size}, bias={self.biased}"
@@ -238,6 +243,8 @@ class ColumnParallelLinear(_ParallelLinear):
             x_TI: all tokens; under sequence parallelism this rank's piece of them.
             tokens: how many tokens there are on all ranks, where the axis does not divide them.
         """
+        if self._alone:
+            return self.method.product(x_TI, self.weight, self.bias)
         how = self.axis, self.method, self._sequence, tokens, self.deferral
         y = comm.apply(_ColumnProduct, x_TI, self.weight, self.bias, *how)
         if not self.gather_output:
@@ -366,8 +373,10 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """(T, in / size) -> (T, out); under sequence parallelism this rank's piece of the tokens."""
-        if not self.input_is_parallel:
-            x_TI = comm.split(x_TI, self.axis, dim=1)
-        sequence = self.sequence_parallel and self.axis.size > 1
-        y = comm.apply(_RowProduct, x_TI, self.weight, self.axis, self.method, sequence, self.deferral)
+        if self._alone:
+            y = self.method.product(x_TI, self.weight, None)
+        else:
+            x_TI = x_TI if self.input_is_parallel else comm.split(x_TI, self.axis, dim=1)
+            sequence = self.sequence_parallel and self.axis.size > 1
+            y = comm.apply(_RowProduct, x_TI, self.weight, self.axis, self.method, sequence, self.deferral)
         return y if self.bias is None else y + self.bias
