@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -10,9 +11,12 @@ from typing import Any
 
 from infer.completion import Completion, Event
 from infer.engine import Engine
+from infer.gather import Call, Gather
 from infer.lockstep import Replica
 from infer.params import SamplingParams
 from infer.request import RequestError
+from infer.scheduler import Stats
+from infer.vectors import VectorEngine
 
 __all__ = ["AsyncEngine"]
 
@@ -23,14 +27,22 @@ class AsyncEngine:
     Args:
         engine: on a single rank, or the first rank of a :class:`Replica`; only this may use it meanwhile.
         pulse_s: an idle engine of several ranks makes an empty step so often.
+        budget: tokens of documents that are embedded at a time, between two steps.
     """
 
-    def __init__(self, engine: Engine | Replica, *, pulse_s: float = 5.0) -> None:
+    def __init__(self, engine: Engine | Replica | VectorEngine, *, pulse_s: float = 5.0, budget: int = 2048) -> None:
         self.engine, self._pulse_s = engine, pulse_s
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[int, Callable[[Event | BaseException], None]] = {}
+        self._gather = Gather(budget)
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine loop")
+
+    @property
+    def stats(self) -> Stats:
+        """Of the engine; documents that are not embedded yet wait."""
+        stats = self.engine.stats
+        return dataclasses.replace(stats, waiting=stats.waiting + self._gather.documents)
 
     async def __aenter__(self) -> AsyncEngine:
         self._thread.start()
@@ -85,23 +97,30 @@ class AsyncEngine:
                 return event.completion
         raise AssertionError("a stream ends with a completion")
 
-    async def embed(self, documents: Sequence[Sequence[int]]) -> list[list[float]]:
-        """As :meth:`Engine.embed`.
+    async def embed(self, documents: Sequence[Sequence[int]], *, urgent: bool = False) -> list[list[float]]:
+        """As :meth:`Engine.embed`, together with what others want meanwhile; whoever stops waiting ends the rest of it.
+
+        Args:
+            documents: token ids of each.
+            urgent: before all that wait.
 
         Raises:
             RequestError: these documents cannot be embedded, with every reason.
         """
+        if not documents:
+            return []
         loop = asyncio.get_running_loop()
         done: asyncio.Future[list[list[float]]] = loop.create_future()
 
-        def order() -> None:
-            try:
-                loop.call_soon_threadsafe(_resolve, done, self.engine.embed(documents))
-            except RequestError as error:
-                loop.call_soon_threadsafe(_refuse, done, error)
+        def tell(result: Any) -> None:
+            loop.call_soon_threadsafe(_refuse if isinstance(result, BaseException) else _resolve, done, result)
 
-        self._order(order)
-        return await done
+        call = Call(documents, tell)
+        self._order(lambda: self._gather.add(call, urgent=urgent))
+        try:
+            return await done
+        finally:
+            call.over = True
 
     async def _first(self, number: asyncio.Future[int], events: asyncio.Queue[Event | BaseException]) -> Any:
         await asyncio.shield(number)
@@ -119,7 +138,7 @@ class AsyncEngine:
 
     def _obey(self) -> bool:
         """Do what was ordered meanwhile; with nothing else to do, wait for an order. False: the order was to end."""
-        wait = not self.engine.busy
+        wait = not self.engine.busy and not self._gather
         while wait or not self._orders.empty():
             try:
                 order = self._orders.get(timeout=self._pulse_s)
@@ -128,14 +147,48 @@ class AsyncEngine:
             if order is None:
                 return False
             order()
-            wait = not self.engine.busy and isinstance(self.engine, Engine)
+            wait = not self.engine.busy and not self._gather and not isinstance(self.engine, Replica)
         return True
+
+    def _embed(self) -> None:
+        """Embed some of the documents that wait."""
+        taken = self._gather.take()
+        if not taken:
+            return
+        try:
+            try:
+                vectors = self.engine.embed([call.documents[place] for call, place in taken])
+            except RequestError:
+                self._embed_apart(taken)
+                return
+        except BaseException as error:
+            for call, _ in taken:
+                call.end(error)
+            raise
+        for (call, place), vector in zip(taken, vectors, strict=True):
+            call.give(place, vector)
+
+    def _embed_apart(self, taken: Sequence[tuple[Call, int]]) -> None:
+        """At least one of these cannot be embedded: tell its caller, with all that is wrong with the whole call."""
+        for call, place in taken:
+            if call.over:
+                continue
+            try:
+                (vector,) = self.engine.embed([call.documents[place]])
+            except RequestError:
+                try:
+                    self.engine.embed(call.documents)  # refused before anything is computed
+                except RequestError as error:
+                    call.end(error)
+            else:
+                call.give(place, vector)
 
     def _run(self) -> None:
         try:
             while True:
                 if not self._obey():
                     return
+                self._embed()
                 for event in self.engine.step():
                     if give := self._streams.get(event.id):
                         give(event)
@@ -145,6 +198,7 @@ class AsyncEngine:
             self._failed = error
             for give in list(self._streams.values()):
                 give(error)
+            self._gather.fail(error)
         finally:
             self.engine.close()
 

@@ -215,9 +215,7 @@ class Engine:
                 member.end, member.job.error = "error", outcome.errors.get(run, "it failed on another rank")
                 text = member.stream.close()
             else:
-                logprob = outcome.logprobs.get(run)
-                text = member.take(token, logprob)
-                self._fork(member.job)
+                text = self._taken(member, token, outcome.logprobs.get(run))
             tokens = tuple(member.stream.tokens[given:])
             logprobs = tuple(member.logprobs[given : given + len(tokens)])
             changes.setdefault(member.job.id, []).append((member, text, tokens, logprobs))
@@ -225,6 +223,16 @@ class Engine:
                 self._leave(member)
                 self.scheduler.finish(member.request, member.end, member.job.error)
         return self._events(changes)
+
+    def _taken(self, member: Member, token: int, logprob: TokenLogProb | None) -> str:
+        """A member has a token more; if no text can be made of it, that member alone has failed (on every rank)."""
+        try:
+            text = member.take(token, logprob)
+        except Exception as error:  # noqa: BLE001 - others have no part in it
+            member.end, member.job.error = "error", f"a token could not be made text: {type(error).__name__}"
+            return ""
+        self._fork(member.job)
+        return text
 
     def _events(self, changes: dict[int, list]) -> list[Event]:
         events: list[Event] = []

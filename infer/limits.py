@@ -9,6 +9,7 @@ from pathlib import Path
 
 from infer.params import SamplingParams
 from parallel.models.config import DecoderConfig
+from parallel.models.encoder_config import EncoderConfig
 
 __all__ = ["Limits", "end_tokens"]
 
@@ -30,7 +31,7 @@ class Limits:
     text: bool
 
     @staticmethod
-    def of(folder: Path, model: DecoderConfig, *, context: int, text: bool) -> Limits:
+    def of(folder: Path, model: DecoderConfig | EncoderConfig, *, context: int, text: bool) -> Limits:
         """Of a model folder; ``context`` 0: what the model was made for."""
         return Limits(model.vocabulary, context or model.max_positions, end_tokens(folder), text)
 

@@ -12,6 +12,7 @@ from infer.engine import Engine
 from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
+from infer.vectors import VectorEngine
 from parallel import comm
 from parallel.mesh import Axis, Mesh
 
@@ -30,7 +31,7 @@ class Replica:
         mesh: that it was built on.
     """
 
-    def __init__(self, engine: Engine, mesh: Mesh) -> None:
+    def __init__(self, engine: Engine | VectorEngine, mesh: Mesh) -> None:
         self.engine, self.mesh = engine, mesh
         # Axes of their own, as a step may be under way on the others.
         sizes = {axis.name: axis.size for axis in (mesh.pp, mesh.tp)}

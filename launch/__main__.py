@@ -1,8 +1,12 @@
 """``python -m launch``."""
 
+import signal
 import sys
 
-from launch.cli import main
+try:
+    from launch.cli import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+except KeyboardInterrupt:  # while our own modules were imported
+    code = 128 + signal.SIGINT
+sys.exit(code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -56,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
 
     def run() -> int:
-        return COMMANDS[arguments[0]](arguments[1:])
+        try:
+            return COMMANDS[arguments[0]](arguments[1:])
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
     return run_rank(run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import gc
 import os
 import secrets
@@ -26,7 +27,9 @@ from starlette.applications import Starlette
 from infer.audit import Stats
 from infer.build import load_text
 from infer.chat import ChatTemplate
+from infer.documents import Documents
 from infer.limits import Limits
+from infer.sentences import read_sentences, text_tokenizer
 from infer.server.admin import create_admin_app
 from infer.server.app import create_app
 from infer.server.client import RemoteEngine
@@ -39,6 +42,7 @@ from infer.server.wire import KEY_BYTES
 from launch.env import Placement
 from launch.keepers import Board, Distant, Keeper, Seat, agree, beat, node_name, own_address, visible_devices
 from launch.meeting import meet
+from launch.ports import holder
 from launch.supervise import Life, LocalProcess, Supervisor
 from launch.worker import identity, read_key
 from parallel.errors import ConfigError, ModelFolderError
@@ -64,6 +68,8 @@ class Front:
         admin_port: of what only those who run the server may do, on 127.0.0.1; 0: there is none.
         admin_key: that they need.
         context: most tokens of a text; 0: what the model was made for.
+        generates: else it makes vectors only.
+        sizes: to which vectors may be cut.
         layout: of all engines together; ``dp`` is how many there are.
         key_file: a secret that all machines share; empty: engines are on this one.
         alike: the options that all ranks must have the same, by name.
@@ -79,6 +85,8 @@ class Front:
     admin_port: int
     admin_key: str
     context: int
+    generates: bool
+    sizes: Sequence[int]
     layout: Layout
     key_file: str
     alike: Mapping[str, str]
@@ -261,6 +269,7 @@ class _Desk:
         for engine in engines:
             engine.remote.close()
         await asyncio.gather(*(engine.supervisor.stop(grace_s=_GRACE_S) for engine in engines))
+        code = code or (128 + signal.SIGKILL if any(engine.supervisor.forced for engine in engines) else 0)
         await hosting.over(code)
         await asyncio.wait([*serving, *running], timeout=_GRACE_S)
         return code
@@ -298,15 +307,26 @@ class _Engine:
 def _app(front: Front, engine: Router) -> Starlette:
     """What answers clients."""
     folder = front.folder
-    limits = Limits.of(folder, read_config(folder).resolved(), context=front.context, text=True)
+    model, how, tokenizer = read_config(folder, encoders=True), read_sentences(folder), load_text(folder)
+    limits = Limits.of(folder, model, context=front.context, text=True)
+    context, template, documents = limits.context, _template(folder), None
+    if not front.generates:
+        context, template = min(context, how.max_tokens or context) if how else context, None
+    if tokenizer is not None:
+        documents = Documents(tokenizer, how, context)
+        tokenizer = tokenizer if front.generates else text_tokenizer(tokenizer, how)
     info = ModelInfo(
         names=front.names or (folder.resolve().name,),
-        context=limits.context,
+        context=context,
         vocabulary=limits.vocabulary,
         created=int((folder / "config.json").stat().st_mtime),
         version=version("lockstep"),
+        generates=front.generates,
+        width=model.hidden,
+        sizes=front.sizes,
+        unit=how is not None and how.normalize,
     )
-    app = create_app(engine, info, Codec(load_text(folder), _template(folder)), front.http)
+    app = create_app(engine, info, Codec(tokenizer, template, documents=documents), front.http)
     app.state.server.failed = _unexpected
     return app
 
@@ -333,7 +353,8 @@ def _listening(host: str, port: int, unread_s: float) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = Listener(fileno=socket.create_server((host, port), family=family).detach())
     except OSError as error:
-        raise ConfigError(f"host = {host!r}, port = {port}: {error.strerror or error}") from None
+        who = f" by {found}" if error.errno == errno.EADDRINUSE and (found := holder(port)) else ""
+        raise ConfigError(f"host = {host!r}, port = {port}: {error.strerror or error}{who}") from None
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections have it from here: who does not read for so long is gone
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * unread_s))
     return listener

@@ -12,6 +12,7 @@ from typing import Literal
 
 from infer import EngineConfig
 from infer.server.config import ServerConfig
+from infer.vectors import Task, makes_vectors, trained_sizes
 from launch.cli import help_text, positionals
 from launch.ranks import check_world, on_ranks
 from launch.recipe import PRECISIONS, Precision, layout_refusals
@@ -19,6 +20,7 @@ from parallel.config import option, options, parse_flags, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout
+from parallel.models.encoder_config import EncoderConfig
 from parallel.pp import partition
 
 try:
@@ -43,6 +45,10 @@ class ServeConfig:
     drain_s: float = option(30.0, "how long requests in flight may take after SIGTERM")
     precision: Precision = option("fp32", "of weights and activations")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    task: Task = option(
+        "auto", "generate; embed: vectors only, without a cache; auto: for encoders and sentence-transformers folders"
+    )
+    sizes: tuple[int, ...] = option((), "to which vectors may be cut for clients (none: those that config.json names)")
     layout: Layout = option(Layout(sequence_parallel=False), "degrees of parallelism: tp, pp; dp: as many engines")
     engine: EngineConfig = option(EngineConfig(), "memory, scheduling")
     http: ServerConfig = option(ServerConfig(), "limits")
@@ -69,6 +75,8 @@ class ServeConfig:
         yield from layout_refusals(self.layout, "cp", "ep", "etp")
         yield from self.engine.problems()
         yield from self.http.problems()
+        if any(size < 1 for size in self.sizes):
+            yield f"sizes = {','.join(map(str, self.sizes))}: must be at least 1"
         yield from self.edge.problems()
         if self.http.keys:
             yield "http.keys: whoever may list processes would read them: give --keys-file FILE"
@@ -87,10 +95,8 @@ def main(arguments: Sequence[str]) -> int:
         return _engine(config, folder, arguments)
     config = dataclasses.replace(config, http=_with_keys(config))
     place = check_world(config.layout, config.device)
-    refuse(ModelFolderError, check_folder(folder))
-    model = read_config(folder).resolved()
-    refuse(ConfigError, model.layout_problems(config.layout.tp))
-    partition(model.layers, config.layout.pp)
+    refuse(ModelFolderError, check_folder(folder, encoders=True))
+    refuse(ConfigError, _model_problems(config, folder))
     if config.channel_key_file:
         read_key(Path(config.channel_key_file))
     elif place is not None and place.local_world < place.world and config.layout.dp > 1:
@@ -106,6 +112,8 @@ def main(arguments: Sequence[str]) -> int:
         admin_port=config.admin_port,
         admin_key=read_secret("admin_key_file", Path(config.admin_key_file)) if config.admin_port else "",
         context=config.engine.context,
+        generates=not makes_vectors(folder, config.task),
+        sizes=config.sizes or trained_sizes(folder),
         layout=config.layout,
         key_file=config.channel_key_file,
         alike=_alike(config),
@@ -126,6 +134,7 @@ def _engine(config: ServeConfig, folder: Path, arguments: Sequence[str]) -> int:
             mesh,
             PRECISIONS[config.precision],
             config.engine,
+            task=config.task,
             ranks_here=ranks_here if mesh.device.type == "cpu" else 1,
             address=config.channel,
             key_file=Path(config.channel_key or config.channel_key_file),
@@ -138,7 +147,27 @@ def _alike(config: ServeConfig) -> dict[str, str]:
     return {leaf.name: str(leaf.default) for leaf in options(config) if leaf.name.split(".")[0] in _ALIKE}
 
 
-_ALIKE = ("precision", "device", "layout", "engine")
+_ALIKE = ("precision", "device", "layout", "engine", "task")
+_OF_VECTORS = ("context", "scheduler.budget")
+
+
+def _model_problems(config: ServeConfig, folder: Path) -> Iterator[str]:
+    """Why this model cannot be served so."""
+    model = read_config(folder, encoders=True).resolved()
+    yield from model.layout_problems(config.layout.tp)
+    for size in config.sizes:
+        if size > model.hidden:
+            yield f"sizes = {size}: the model's vectors have {model.hidden} numbers"
+    if not makes_vectors(folder, config.task):
+        partition(model.layers, config.layout.pp)
+        return
+    if config.layout.pp > 1:
+        yield f"layout.pp = {config.layout.pp}: vectors need the whole model on each rank; use layout.tp or layout.dp"
+    if isinstance(model, EncoderConfig) and config.engine.context > model.max_positions:
+        yield f"engine.context = {config.engine.context}: the model has {model.max_positions} positions"
+    for given, plain in zip(options(config.engine), options(EngineConfig()), strict=True):
+        if given.default != plain.default and given.name not in _OF_VECTORS:
+            yield f"engine.{given.name} = {given.default}: of what generates; {folder} is served for vectors only"
 
 
 def _with_keys(config: ServeConfig) -> ServerConfig:

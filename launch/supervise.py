@@ -92,6 +92,7 @@ class Supervisor:
 
     Attributes:
         restarts: how often it was started again.
+        forced: it had to be killed in the end.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Supervisor:
         self._every_s, self._stands_still_s, self._loads_s = every_s, stands_still_s, loads_s
         self._stopping = self._runs = False
         self.restarts = 0
+        self.forced = False
 
     async def run(self) -> int:
         """Keep it running until :meth:`stop`; the exit code: of an engine that refused its input, else 0."""
@@ -134,6 +136,8 @@ class Supervisor:
             async with asyncio.timeout(grace_s):
                 await self._life.wait()
         except TimeoutError:
+            self._say(f"the engine has not ended within {grace_s:g} s; it is killed")
+            self.forced = True
             self._life.kill()
             await self._life.wait()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import signal
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import torch
 
 from infer import EngineConfig
@@ -15,8 +17,10 @@ from infer.aio import AsyncEngine
 from infer.build import build_engine, load_text
 from infer.engine import Engine
 from infer.lockstep import Replica
+from infer.sentences import read_sentences
 from infer.server.wire import KEY_BYTES, Channel, Hello, connected
 from infer.server.worker import Worker
+from infer.vectors import Task, VectorEngine, build_vectors, makes_vectors
 from parallel.errors import ConfigError
 from parallel.mesh import Mesh
 
@@ -24,7 +28,15 @@ __all__ = ["identity", "read_key", "read_secret", "run_engine"]
 
 
 def run_engine(
-    folder: Path, mesh: Mesh, dtype: torch.dtype, config: EngineConfig, *, ranks_here: int, address: str, key_file: Path
+    folder: Path,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    *,
+    task: Task,
+    ranks_here: int,
+    address: str,
+    key_file: Path,
 ) -> int:
     """Build this rank's part and serve until the channel is closed; returns the exit code.
 
@@ -33,29 +45,42 @@ def run_engine(
         mesh: of the engine.
         dtype: of weights and activations.
         config: of the engine.
+        task: what for.
         ranks_here: that share this machine's memory.
         address: of the channel, see :func:`~infer.server.wire.connected`.
         key_file: with its key.
     """
-    engine, sizing = build_engine(folder, mesh, dtype, config, tokenizer=load_text(folder), ranks=ranks_here)
+    notes: Sequence[str] = ()
+    if makes_vectors(folder, task):
+        engine = build_vectors(
+            folder, mesh, dtype, tokenizer=None, context=config.context, budget=config.scheduler.budget
+        )
+    else:
+        engine, sizing = build_engine(folder, mesh, dtype, config, tokenizer=load_text(folder), ranks=ranks_here)
+        notes = sizing.lines
     replica = Replica(engine, mesh)
     if not replica.first:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when; it needs this one until then
         replica.follow()
         return 0
     limits = engine.limits
-    hello = Hello(version("lockstep"), identity(folder), limits.context, limits.vocabulary, list(sizing.lines))
+    hello = Hello(version("lockstep"), identity(folder), limits.context, limits.vocabulary, list(notes))
+    if isinstance(engine, VectorEngine):
+        hello = msgspec.structs.replace(hello, generates=False, probe=engine.probe)
     one = mesh.world.size == 1
-    asyncio.run(_work(address, read_key(key_file), engine if one else replica, hello))
+    used = engine if one else replica
+    asyncio.run(_work(address, read_key(key_file), used, hello, config.scheduler.budget))
     return 0
 
 
-async def _work(address: str, key: bytes, engine: Engine | Replica, hello: Hello) -> None:
+async def _work(address: str, key: bytes, engine: Engine | Replica | VectorEngine, hello: Hello, budget: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: None)  # the server says when: it closes the channel
     channel = await Channel.open(*await connected(address), key, listens=False)
-    async with AsyncEngine(engine) as running:
-        await Worker(channel, running, hello, lambda: engine.stats).run()
+    async with AsyncEngine(engine, budget=budget) as running:
+        await Worker(channel, running, hello, lambda: running.stats).run()
 
 
 def read_secret(option: str, path: Path, least: int = 16) -> str:
@@ -90,11 +115,12 @@ def read_key(path: Path) -> bytes:
 
 
 def identity(folder: Path) -> str:
-    """Hash of which model it is and how it becomes text: its small files, and the headers and sizes of its weights."""
+    """Hash of which model it is and what it makes of texts: its small files, headers and sizes of its weights."""
     digest = hashlib.sha256()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"):
         path = folder / name
         digest.update(name.encode() + (path.read_bytes() if path.exists() else b""))
+    digest.update(repr(read_sentences(folder)).encode())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

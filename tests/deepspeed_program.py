@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,9 @@ def main() -> None:
         if mesh.rank == 0:
             report["swapped"] = sum(1 for _ in Path(folder).glob(f"{index}/disk/**/*.swp"))
             print(json.dumps(report), flush=True)
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # as our own ranks leave: DeepSpeed's threads now and then abort an interpreter that shuts down
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """One that is running."""
 
+    limits = LIMITS
+
     def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "launch", "serve", str(folder), "--port", "0", *LIMITS, *options]
+        command = [sys.executable, "-m", "launch", "serve", str(folder), "--port", "0", *self.limits, *options]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )

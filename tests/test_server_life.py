@@ -47,7 +47,8 @@ def slow(folder: Path) -> Iterator[Served]:
 def posted(served: Served, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
     """A request that is sent, on a connection of its own."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
         connection.sendall(head.encode() + data)
         yield connection

@@ -103,7 +103,9 @@ def _routes(server: Server) -> list[Route | WebSocketRoute]:
     ]
     if server.config.metrics:
         routes.append(route("/metrics", metrics, "other", works=False))
-    if server.config.page != "off":
+    if server.config.page != "off" and not server.model.generates:
+        routes.append(route(PAGE, _no_page, "other", works=False))
+    elif server.config.page != "off":
         page = render(keys=bool(server.config.keys), pictures=server.config.metrics)
         routes.append(route(PAGE, partial(_page, page), "other", works=False))
     return routes
@@ -112,6 +114,10 @@ def _routes(server: Server) -> list[Route | WebSocketRoute]:
 async def _page(page: Page, server: Server, exchange: Exchange) -> None:
     exchange.status = 200
     await send_json(exchange.write, 200, page.body, page.headers, b"text/html; charset=utf-8")
+
+
+async def _no_page(server: Server, exchange: Exchange) -> None:
+    raise ApiError(404, "the page talks with models; this one makes vectors, of what is sent to embeddings")
 
 
 async def _models(server: Server, exchange: Exchange) -> None:
@@ -160,7 +166,13 @@ async def _version(server: Server, exchange: Exchange) -> None:
 async def _openapi(server: Server, exchange: Exchange) -> None:
     config = server.config
     await exchange.json(
-        document(server.model.version, keys=bool(config.keys), metrics=config.metrics, page=config.page)
+        document(
+            server.model.version,
+            keys=bool(config.keys),
+            metrics=config.metrics,
+            page=config.page,
+            generates=server.model.generates,
+        )
     )
 
 

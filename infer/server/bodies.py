@@ -188,6 +188,9 @@ class EmbeddingBody(Body):
     model: Annotated[str, Field(max_length=512)]
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Whole | None = None
+    prompt_name: Annotated[str, Field(max_length=512)] | None = None
+    truncate: bool | None = None
 
 
 class TokenizeBody(Body):
@@ -233,7 +236,7 @@ _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
     },
-    EmbeddingBody: {"user": (), "dimensions": ()},
+    EmbeddingBody: {"user": ()},
 }
 """Fields of OpenAI's that this server does not honour, and with which values they ask for nothing (as null does)."""
 

@@ -47,6 +47,7 @@ class RemoteEngine:
     def __init__(self, key: bytes, version: str) -> None:
         self.hello: Hello | None = None
         self._key, self._version = key, version
+        self._over = False
         self._channel: Channel | None = None
         self._streams: dict[int, asyncio.Queue[Event | BaseException]] = {}
         self._embedding: dict[int, asyncio.Future[list[list[float]]]] = {}
@@ -74,8 +75,9 @@ class RemoteEngine:
         except ChannelError as error:
             self.refused(str(error))
             return
-        if self._channel is not None:
-            self.refused("a second engine")
+        if self._channel is not None or self._over:
+            if not self._over:
+                self.refused("a second engine")
             channel.close()
             return
         self._channel = channel
@@ -124,39 +126,51 @@ class RemoteEngine:
             if not over and self._channel is channel:
                 channel.send(pack(Abort(number)))
 
-    async def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """One vector for each prompt.
+    async def embed(self, prompts: Sequence[Sequence[int]], *, urgent: bool = False) -> list[list[float]]:
+        """One vector for each prompt; ``urgent``: before all that wait.
 
         Raises:
             RequestError: they cannot be embedded, with every reason.
             EngineGone: there is no engine, or it is gone in the middle.
         """
-        if self._channel is None or self.hello is None:
+        channel = self._channel
+        if channel is None or self.hello is None:
             raise EngineGone("the engine is not there")
         self._next += 1
         number = self._next
         self._embedding[number] = done = asyncio.get_running_loop().create_future()
         try:
-            self._channel.send(pack(Embed(number, [list(prompt) for prompt in prompts])))
+            channel.send(pack(Embed(number, [list(prompt) for prompt in prompts], urgent)))
             return await done
         finally:
             self._embedding.pop(number, None)
+            if done.cancelled() and self._channel is channel:
+                channel.send(pack(Abort(number)))
 
     async def ping(self, timeout_s: float) -> bool:
-        """Whether the engine generates a token when it is asked to."""
+        """Whether the engine computes something when it is asked to: a token, or the vector of one."""
         try:
             async with asyncio.timeout(timeout_s):
-                async with contextlib.aclosing(
-                    self.stream([0], SamplingParams(max_tokens=1), priority=_FIRST)
-                ) as events:
-                    async for event in events:
-                        if event.completion is not None:
-                            self._stands_still = False
-                            return not event.completion.error
+                if self.hello is not None and not self.hello.generates:
+                    await self.embed([[self.hello.probe]], urgent=True)
+                    works = True
+                else:
+                    works = await self._generates()
+            self._stands_still = False
+            return works
         except TimeoutError:
             self._stands_still = True
         except (EngineGone, RequestError):
             pass
+        return False
+
+    async def _generates(self) -> bool:
+        """Have a token generated."""
+        stream = self.stream([0], SamplingParams(max_tokens=1), priority=_FIRST)
+        async with contextlib.aclosing(stream) as events:
+            async for event in events:
+                if event.completion is not None:
+                    return not event.completion.error
         return False
 
     def stats(self) -> Stats | None:
@@ -164,7 +178,8 @@ class RemoteEngine:
         return self._stats
 
     def close(self) -> None:
-        """Let the engine go."""
+        """Let the engine go, and any that comes."""
+        self._over = True
         if self._channel is not None:
             self._channel.close()
 

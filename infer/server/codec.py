@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer, decoders
 
@@ -13,11 +13,21 @@ from infer.chat import ChatTemplate
 from infer.server.errors import invalid
 from infer.text import Detokenizer
 
-__all__ = ["Codec", "Reader"]
+__all__ = ["Codec", "Reader", "ReadsDocuments"]
 
 SHORT = 2000
 """Characters that are encoded at once, without asking a thread."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class ReadsDocuments(Protocol):
+    """Texts to the tokens of which vectors are made, as :class:`~infer.documents.Documents`."""
+
+    def __call__(
+        self, texts: Sequence[str], *, prompt: str | None = None, truncate: bool = False
+    ) -> Sequence[Sequence[int]]:
+        """Token ids of each; ``prompt`` is the name of what is put before them, ``truncate`` cuts them."""
+        ...
 
 
 class Reader:
@@ -47,7 +57,7 @@ class Codec:
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None = None,
         *,
-        documents: Callable[[Sequence[str]], Sequence[Sequence[int]]] | None = None,
+        documents: ReadsDocuments | None = None,
     ) -> None:
         self.tokenizer, self.template, self._documents = tokenizer, template, documents
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
@@ -71,16 +81,33 @@ class Codec:
 
         return work() if sum(map(len, texts)) <= SHORT else await asyncio.to_thread(work)
 
-    async def documents(self, texts: Sequence[str], param: str) -> list[list[int]]:
+    async def documents(
+        self, texts: Sequence[str], param: str, *, prompt: str | None = None, truncate: bool = False
+    ) -> list[list[int]]:
         """Token ids of texts of which vectors are made.
 
+        Args:
+            texts: any.
+            param: the field they come from.
+            prompt: name of what the model's folder puts before a text; None: its default.
+            truncate: cut texts at the context.
+
         Raises:
-            ApiError: there is no tokenizer.
-            RequestError, DataError: a text is too long.
+            ApiError: there is no tokenizer, or nothing that knows of prompts.
+            RequestError: there is no such prompt.
         """
-        if self._documents is None:
+        self._needed(param)
+        read = self._documents
+        if read is None:
+            for name, asked in (("prompt_name", prompt is not None), ("truncate", truncate)):
+                if asked:
+                    raise invalid(f"{name}: this server reads texts as they are", name)
             return await self.encode(texts, param=param)
-        return [list(ids) for ids in await asyncio.to_thread(self._documents, texts)]
+
+        def work() -> list[list[int]]:
+            return [list(ids) for ids in read(texts, prompt=prompt, truncate=truncate)]
+
+        return work() if sum(map(len, texts)) <= SHORT else await asyncio.to_thread(work)
 
     async def conversation(
         self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, variables: Mapping[str, Any] | None = None

@@ -68,6 +68,9 @@ class ModelInfo:
         created: seconds since 1970.
         version: of the program that serves it.
         generates: it continues prompts (an encoder does not).
+        width: numbers of a vector; 0: not known.
+        sizes: to which its vectors may be cut.
+        unit: its vectors have the length 1, and so have the cut ones.
     """
 
     names: tuple[str, ...]
@@ -76,3 +79,6 @@ class ModelInfo:
     created: int
     version: str
     generates: bool = True
+    width: int = 0
+    sizes: Sequence[int] = ()
+    unit: bool = False

@@ -62,7 +62,7 @@ _ERROR: dict[str, Any] = {
 }
 
 
-def document(version: str, *, keys: bool, metrics: bool, page: str = "auto") -> dict[str, Any]:
+def document(version: str, *, keys: bool, metrics: bool, page: str = "auto", generates: bool = True) -> dict[str, Any]:
     """The routes.
 
     Args:
@@ -70,17 +70,22 @@ def document(version: str, *, keys: bool, metrics: bool, page: str = "auto") -> 
         keys: whether an API key is needed.
         metrics: whether /metrics is among the routes.
         page: ``"off"``: there is none at /; ``"open"``: it needs no key.
+        generates: the model continues prompts; else the routes that would are left out, as they answer 404.
     """
     kinds = [(kind, "validation") for kind, _, _ in _POSTS.values()]
     _, schema = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # pyright: ignore[reportArgumentType]
     schemas = {**schema.get("$defs", {}), "Error": _ERROR}
     paths: dict[str, Any] = {}
     for path, (kind, summary, streams) in _POSTS.items():
+        if streams and not generates:
+            continue
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
         body = {"required": True, "content": content}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": _responses(streams)}}
     for path, summary in _GETS.items():
         if (path == "/metrics" and not metrics) or (path == "/" and page == "off"):
+            continue
+        if path in ("/", "/v1/stream") and not generates:
             continue
         get: dict[str, Any] = {"summary": summary, "responses": _responses(False, _KINDS.get(path, _JSON))}
         if "{name}" in path:

@@ -133,7 +133,9 @@ class Router:
             place = self._places[index]
             place.waiting += tokens
             try:
-                return await cast("Any", place.engine).embed(prompts)
+                vectors = await cast("Any", place.engine).embed(prompts)
+                place.failures, place.closed_until = 0, 0.0
+                return vectors
             except EngineGone:
                 place.failed()
                 if len(tried) == len(self._places):

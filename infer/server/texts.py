@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from infer.server.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
-from infer.server.engine import Embeds
+from infer.server.engine import Embeds, ModelInfo
 from infer.server.errors import ApiError, invalid
 from infer.server.exchange import Exchange
 from infer.server.flight import Ended
@@ -45,12 +47,17 @@ async def embeddings(server: Server, exchange: Exchange) -> None:
     if not isinstance(engine, Embeds):
         raise ApiError(404, "model: this server makes no vectors", param="model")
     body = await server.read(exchange, EmbeddingBody)
+    size = _size(body.dimensions, server.model)
     most = server.config.most_prompts
     given = split_prompts(body.input, model=server.model, most=most, param="input")
     texts = [prompt for prompt in given if isinstance(prompt, str)]
     prompts = [prompt for prompt in given if isinstance(prompt, list)]
     if texts:
-        prompts = await server.codec.documents(texts, "input")
+        truncate = bool(body.truncate)
+        prompts = await server.codec.documents(texts, "input", prompt=body.prompt_name, truncate=truncate)
+    elif body.prompt_name is not None or body.truncate:
+        name = "truncate" if body.truncate else "prompt_name"
+        raise invalid(f"{name}: token ids are taken as they are", name)
     for prompt in prompts:
         check_length(len(prompt), 0, server.model, "input")
         check_tokens(prompt, server.model, "input", "input")
@@ -66,6 +73,8 @@ async def embeddings(server: Server, exchange: Exchange) -> None:
         raise server.unavailable("no vectors within the time that a request may wait", "queue_deadline") from None
     count = sum(map(len, prompts))
     server.metrics.prompt_tokens += count
+    if size is not None:
+        vectors = [_cut(vector, size, unit=server.model.unit) for vector in vectors]
     packed = body.encoding_format == "base64"
     data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else list(vector)}
@@ -73,6 +82,28 @@ async def embeddings(server: Server, exchange: Exchange) -> None:
     ]
     usage = {"prompt_tokens": count, "total_tokens": count}
     await exchange.json({"object": "list", "data": data, "model": server.model.names[0], "usage": usage})
+
+
+def _size(asked: int | None, model: ModelInfo) -> int | None:
+    """To which vectors are cut; None: they stay whole.
+
+    Raises:
+        ApiError: the model was not trained for it.
+    """
+    if asked is None or asked == model.width:
+        return None
+    if asked not in model.sizes:
+        known = f"{model.sizes.start} to {model.width}" if isinstance(model.sizes, range) else None
+        known = known or ", ".join(map(str, sorted({*model.sizes, *filter(None, [model.width])})))
+        raise invalid(f"dimensions: {asked}: vectors of this model can have {known or 'one size only'}", "dimensions")
+    return asked
+
+
+def _cut(vector: Sequence[float], size: int, *, unit: bool) -> list[float]:
+    """The first numbers of a vector; ``unit``: of the length 1 again."""
+    first = list(vector[:size])
+    length = math.hypot(*first) if unit else 1.0
+    return [value / length for value in first] if length else first
 
 
 def _packed(vector: Any) -> str:

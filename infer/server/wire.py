@@ -68,10 +68,11 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Embed(msgspec.Struct, tag=True, frozen=True):
-    """Make vectors of documents."""
+    """Make vectors of documents; ``urgent``: before all that wait."""
 
     number: int
     documents: list[list[int]]
+    urgent: bool = False
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -83,6 +84,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
         context: most tokens of a text.
         vocabulary: of the model.
         notes: how memory was divided.
+        generates: it continues prompts; else it only makes vectors.
+        probe: a token that it can do so with, to see whether it works.
     """
 
     version: str
@@ -90,6 +93,8 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     context: int
     vocabulary: int
     notes: list[str]
+    generates: bool = True
+    probe: int = 0
 
 
 class Given(msgspec.Struct, tag=True, frozen=True):

@@ -102,9 +102,13 @@ class Worker:
 
     async def _embed(self, order: Embed) -> None:
         try:
-            self._channel.send(pack(Vectors(order.number, await self._engine.embed(order.documents))))
+            vectors = await self._engine.embed(order.documents, urgent=order.urgent)
+            self._channel.send(pack(Vectors(order.number, vectors)))
+            await self._channel.drain()
         except RequestError as error:
             self._channel.send(pack(Refused(order.number, list(error.problems))))
+        except ChannelError:
+            pass
         except Exception as error:  # noqa: BLE001 - as above
             self._failed = error
             self._channel.close()

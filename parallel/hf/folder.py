@@ -141,12 +141,15 @@ def inspect(folder: Path, *, encoders: bool = False) -> Folder:
 
 def _untrusted(folder: Path) -> Iterator[str]:
     """What a folder from a stranger may hold: links to other places, and code of its own."""
-    places = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # of a hub's cache, whose files are links to its blobs
-        places.append(places[0].parent.parent / "blobs")
+    own = folder.resolve()
+    places = [own, own.parent / "blobs", own.parent.parent / "blobs"]  # a hub's cache has links to its blobs
     for pattern in ("*.json", "*.jinja", "*.safetensors"):
         for path in sorted(folder.glob(pattern)):
-            if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+            if (
+                path.is_symlink()
+                and path.exists()
+                and not any(path.resolve().is_relative_to(place) for place in places)
+            ):
                 yield f"{path}: is a link to a place outside the folder"
     path = folder / "config.json"
     if path.is_file() and "auto_map" in _read_json(path):
