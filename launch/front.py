@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import errno
 import gc
-import os
-import secrets
 import signal
 import socket
 import sys
@@ -19,12 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
 import uvicorn
 from starlette.applications import Starlette
 
-from infer.audit import Stats
 from infer.build import load_text
 from infer.chat import ChatTemplate
 from infer.documents import Documents
@@ -38,21 +34,17 @@ from infer.server.config import ServerConfig
 from infer.server.edge import AT_ONCE, EdgeConfig, Listener, edge, room
 from infer.server.engine import ModelInfo
 from infer.server.router import Router
-from infer.server.wire import KEY_BYTES
 from launch.env import Placement
-from launch.keepers import Board, Distant, Keeper, Seat, agree, beat, node_name, own_address, visible_devices
+from launch.hosting import GRACE_S, Engine, Here, Hosting, Ranks, say
+from launch.keepers import Board, Keeper, Seat, agree, node_name
 from launch.meeting import meet
 from launch.ports import holder
-from launch.supervise import Life, LocalProcess, Supervisor
-from launch.worker import identity, read_key
+from launch.worker import identity
 from parallel.errors import ConfigError, ModelFolderError
 from parallel.hf import read_config
 from parallel.mesh import Layout
 
 __all__ = ["Front", "serve"]
-
-_GRACE_S = 5.0
-"""For engines to end by themselves once their channel is closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,105 +108,15 @@ async def serve(front: Front, arguments: Sequence[str], place: Placement | None,
     command = [sys.executable, "-m", "launch", *arguments]
     with tempfile.TemporaryDirectory(prefix="lockstep-") as name:
         if place is None:
-            return await _Desk(front, signals).open(_Here(front, command, environ, Path(name)))
+            return await _Desk(front, signals).open(Here(front.layout, front.key_file, command, environ, Path(name)))
         board = Board(await asyncio.to_thread(meet, place))
         mine = {"version": version("lockstep"), "model": identity(front.folder)[:16], **front.alike}
         await agree(board, place.rank, place.world, mine)
         seat = Seat.of(place, front.size, await board.all("node/{}", place.rank, place.world, node_name()))
-        keeper = Keeper(board, place, seat, [*command, "--ranks-here", str(place.local_world)], environ, _say)
+        keeper = Keeper(board, place, seat, [*command, "--ranks-here", str(place.local_world)], environ, say)
         if place.rank == 0:
-            return await _Desk(front, signals).open(_Ranks(front, board, place, seat.nodes, keeper, Path(name)))
+            return await _Desk(front, signals).open(Ranks(front.key_file, board, place, seat, keeper, Path(name)))
         return await keeper.follow(signals)
-
-
-class _Hosting(Protocol):
-    """Where engines live."""
-
-    async def engine(self, replica: int) -> tuple[RemoteEngine, Life]:
-        """The channel of an engine, which is listened on now, and its life, which is not begun."""
-        ...
-
-    async def leaves(self) -> str:
-        """Until others than us want all to end; who."""
-        ...
-
-    async def over(self, code: int) -> None:
-        """All engines have ended."""
-        ...
-
-
-class _Here:
-    """On this machine, as processes that we start."""
-
-    def __init__(self, front: Front, command: Sequence[str], environ: Mapping[str, str], folder: Path) -> None:
-        self._front, self._command, self._environ, self._folder = front, list(command), dict(environ), folder
-        self._key_file = _key_file(front, folder)
-
-    async def engine(self, replica: int) -> tuple[RemoteEngine, Life]:
-        front, address = self._front, str(self._folder / f"{replica}.sock")
-        remote = _remote(self._key_file)
-        await asyncio.start_unix_server(remote.accept, path=address)
-        options = ["--channel", address, "--channel-key", self._key_file, "--ranks-here", str(front.layout.world)]
-        environ = self._environ | visible_devices(self._environ, replica * front.size, front.size, front.layout.world)
-        if front.layout.dp > 1:
-            cores = len(os.sched_getaffinity(0))
-            environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // front.layout.world)))
-        return remote, LocalProcess([*self._command, *options], environ)
-
-    async def leaves(self) -> str:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def over(self, code: int) -> None: ...
-
-
-class _Ranks:
-    """Where a starter has started ranks, each of which is a keeper; so are we."""
-
-    def __init__(
-        self, front: Front, board: Board, place: Placement, nodes: Sequence[str], keeper: Keeper, folder: Path
-    ) -> None:
-        self._front, self._board, self._place, self._nodes, self._folder = front, board, place, nodes, folder
-        self._key_file = _key_file(front, folder)
-        self._tasks = [asyncio.create_task(keeper.run()), asyncio.create_task(beat(board))]
-
-    async def engine(self, replica: int) -> tuple[RemoteEngine, Life]:
-        remote = _remote(self._key_file)
-        if self._nodes[replica * self._front.size] == self._nodes[0]:
-            address = str(self._folder / f"{replica}.sock")
-            await asyncio.start_unix_server(remote.accept, path=address)
-            await self._board.post(f"engine/{replica}", [address, self._key_file])
-        else:
-            host = own_address(self._place)
-            listening = await asyncio.start_server(remote.accept, host, 0)
-            port = listening.sockets[0].getsockname()[1]
-            await self._board.post(f"engine/{replica}", [f"{host}:{port}", ""])
-        return remote, Distant(self._board, replica)
-
-    async def leaves(self) -> str:
-        return f"rank {await self._board.awaited('leave')}"
-
-    async def over(self, code: int) -> None:
-        await self._board.post("over", code)
-        await asyncio.wait([self._tasks[0]], timeout=3 * _GRACE_S)
-        for task in self._tasks:
-            task.cancel()
-
-
-def _key_file(front: Front, folder: Path) -> str:
-    """The secret of the channels: the one that all machines share, or a new one."""
-    if front.key_file:
-        return front.key_file
-    path = folder / "key"
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(KEY_BYTES))
-    return str(path)
-
-
-def _remote(key_file: str) -> RemoteEngine:
-    remote = RemoteEngine(read_key(Path(key_file)), version("lockstep"))
-    remote.refused = lambda reason: _say(f"an engine was refused: {reason}")
-    return remote
 
 
 class _Desk:
@@ -228,12 +130,12 @@ class _Desk:
     def __init__(self, front: Front, signals: asyncio.Queue[str]) -> None:
         self._front, self._signals = front, signals
 
-    async def open(self, hosting: _Hosting) -> int:
+    async def open(self, hosting: Hosting) -> int:
         """Serve until a signal, or until an engine refuses to be; the exit code."""
         front = self._front
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(front.host, front.port, front.http.write_s))
-            engines = [_Engine(*await hosting.engine(replica)) for replica in range(front.layout.dp)]
+            engines = [Engine(*await hosting.engine(replica)) for replica in range(front.layout.dp)]
             app = _app(front, Router([engine.remote for engine in engines]))
             servers = [(_uvicorn(app, front), listener)]
             if front.admin_port:
@@ -247,10 +149,10 @@ class _Desk:
 
     async def _until_told(
         self,
-        hosting: _Hosting,
+        hosting: Hosting,
         app: Starlette,
         servers: Sequence[tuple[uvicorn.Server, socket.socket]],
-        engines: Sequence[_Engine],
+        engines: Sequence[Engine],
     ) -> int:
         front = self._front
         serving = [asyncio.create_task(server.serve(sockets=[listener])) for server, listener in servers]
@@ -260,7 +162,7 @@ class _Desk:
         await asyncio.wait([*serving, *running, *told], return_when=asyncio.FIRST_COMPLETED)
         code = max([task.result() for task in running if task.done()], default=0)
         for reason in (task.result() for task in told if task.done()):
-            _say(f"{reason}: requests in flight may finish, for {front.drain_s:g} s")
+            say(f"{reason}: requests in flight may finish, for {front.drain_s:g} s")
             await _drained(app, asyncio.create_task(self._signals.get()), front.drain_s)
         for task in (announcing, *told):
             task.cancel()
@@ -268,40 +170,11 @@ class _Desk:
             server.should_exit = True
         for engine in engines:
             engine.remote.close()
-        await asyncio.gather(*(engine.supervisor.stop(grace_s=_GRACE_S) for engine in engines))
+        await asyncio.gather(*(engine.supervisor.stop(grace_s=GRACE_S) for engine in engines))
         code = code or (128 + signal.SIGKILL if any(engine.supervisor.forced for engine in engines) else 0)
         await hosting.over(code)
-        await asyncio.wait([*serving, *running], timeout=_GRACE_S)
+        await asyncio.wait([*serving, *running], timeout=GRACE_S)
         return code
-
-
-class _Engine:
-    """An engine, its channel and who keeps it alive; a :class:`~infer.server.admin.Kept`."""
-
-    def __init__(self, remote: RemoteEngine, life: Life) -> None:
-        self.remote, self._life = remote, life
-        self.supervisor = Supervisor(life, self._asked, _say)
-
-    @property
-    def there(self) -> bool:
-        return self.remote.there
-
-    @property
-    def works(self) -> bool:
-        return self.remote.works
-
-    @property
-    def restarts(self) -> int:
-        return self.supervisor.restarts
-
-    def stats(self) -> Stats | None:
-        return self.remote.stats()
-
-    def restart(self) -> None:
-        self._life.kill()
-
-    async def _asked(self) -> bool | None:
-        return await self.remote.ping(10.0) if self.remote.there else None
 
 
 def _app(front: Front, engine: Router) -> Starlette:
@@ -365,9 +238,9 @@ async def _announce(remotes: Sequence[RemoteEngine], listener: socket.socket) ->
     began = time.monotonic()
     hellos = [await remote.ready() for remote in remotes]
     for line in hellos[0].notes:
-        _say(line)
+        say(line)
     host, port = listener.getsockname()[:2]
-    _say(f"http://{f'[{host}]' if ':' in host else host}:{port} is ready after {time.monotonic() - began:.1f} s")
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port} is ready after {time.monotonic() - began:.1f} s")
 
 
 async def _drained(app: Starlette, again: asyncio.Task[str], seconds: float) -> None:
@@ -383,8 +256,4 @@ async def _drained(app: Starlette, again: asyncio.Task[str], seconds: float) -> 
 def _unexpected(error: BaseException) -> None:
     """Where it was raised, and what it is; its message may hold what a client sent."""
     places = traceback.extract_tb(error.__traceback__)[-3:]
-    _say(f"unexpected {type(error).__name__} at " + ", ".join(f"{Path(p.filename).name}:{p.lineno}" for p in places))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(f"unexpected {type(error).__name__} at " + ", ".join(f"{Path(p.filename).name}:{p.lineno}" for p in places))
