@@ -54,6 +54,7 @@ class Front:
     Attributes:
         host, port: to listen on.
         drain_s: how long requests in flight may take after SIGTERM.
+        stall_s: after which an engine that makes no step is started again.
         folder: of the model.
         names: by which clients ask for it; none: the name of its folder.
         http, edge: limits.
@@ -70,6 +71,7 @@ class Front:
     host: str
     port: int
     drain_s: float
+    stall_s: float
     folder: Path
     names: tuple[str, ...]
     http: ServerConfig
@@ -135,7 +137,7 @@ class _Desk:
         front = self._front
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(front.host, front.port, front.http.write_s))
-            engines = [Engine(*await hosting.engine(replica)) for replica in range(front.layout.dp)]
+            engines = [Engine(*await hosting.engine(replica), front.stall_s) for replica in range(front.layout.dp)]
             app = _app(front, Router([engine.remote for engine in engines]))
             servers = [(_uvicorn(app, front), listener)]
             if front.admin_port:

@@ -29,9 +29,9 @@ GRACE_S = 5.0
 class Engine:
     """An engine, its channel and who keeps it alive; a :class:`~infer.server.admin.Kept`."""
 
-    def __init__(self, remote: RemoteEngine, life: Life) -> None:
-        self.remote, self._life = remote, life
-        self.supervisor = Supervisor(life, self._asked, say)
+    def __init__(self, remote: RemoteEngine, life: Life, stall_s: float) -> None:
+        self.remote, self._life, self._patience_s = remote, life, min(10.0, stall_s)
+        self.supervisor = Supervisor(life, self._asked, say, every_s=min(2.0, stall_s / 4), stands_still_s=stall_s)
 
     @property
     def there(self) -> bool:
@@ -52,7 +52,7 @@ class Engine:
         self._life.kill()
 
     async def _asked(self) -> bool | None:
-        return await self.remote.ping(10.0) if self.remote.there else None
+        return await self.remote.ping(self._patience_s) if self.remote.there else None
 
 
 class Hosting(Protocol):

@@ -43,6 +43,7 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: one that is free")
     drain_s: float = option(30.0, "how long requests in flight may take after SIGTERM")
+    stall_s: float = option(20.0, "an engine that has not made a step for so long, though asked to, is started again")
     precision: Precision = option("fp32", "of weights and activations")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
     task: Task = option(
@@ -70,6 +71,8 @@ class ServeConfig:
             yield f"admin_port = {self.admin_port}: must be at least 0, below 65536, and not that of clients"
         if bool(self.admin_port) != bool(self.admin_key_file):
             yield "admin_port and admin_key_file: give both or none"
+        if not self.stall_s > 0:
+            yield f"stall_s = {self.stall_s}: must be more than 0"
         if self.drain_s < 0:
             yield f"drain_s = {self.drain_s}: must not be negative"
         yield from layout_refusals(self.layout, "cp", "ep", "etp")
@@ -105,6 +108,7 @@ def main(arguments: Sequence[str]) -> int:
         host=config.host,
         port=config.port,
         drain_s=config.drain_s,
+        stall_s=config.stall_s,
         folder=folder,
         names=config.names,
         http=config.http,

@@ -46,7 +46,7 @@ def status(address: str, path: str) -> int:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Iterator[Ranks]:  # noqa: F811
     """Four ranks of one engine."""
-    with started([command(folder, *TP_PP)] * 4) as running:
+    with started([command(folder, *TP_PP, "--stall-s", "4")] * 4) as running:
         yield running
 
 
