@@ -171,8 +171,8 @@ class _Desk:
         for server, _ in servers:
             server.should_exit = True
         for engine in engines:
-            engine.remote.close()
-        await asyncio.gather(*(engine.supervisor.stop(grace_s=GRACE_S) for engine in engines))
+            engine.leave()
+        await asyncio.gather(*(engine.end() for engine in engines))
         code = code or (128 + signal.SIGKILL if any(engine.supervisor.forced for engine in engines) else 0)
         await hosting.over(code)
         await asyncio.wait([*serving, *running], timeout=GRACE_S)

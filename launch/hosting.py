@@ -30,7 +30,7 @@ class Engine:
     """An engine, its channel and who keeps it alive; a :class:`~infer.server.admin.Kept`."""
 
     def __init__(self, remote: RemoteEngine, life: Life, stall_s: float) -> None:
-        self.remote, self._life, self._patience_s = remote, life, min(10.0, stall_s)
+        self.remote, self._life, self._patience_s, self._leaving = remote, life, min(10.0, stall_s), False
         self.supervisor = Supervisor(life, self._asked, say, every_s=min(2.0, stall_s / 4), stands_still_s=stall_s)
 
     @property
@@ -50,6 +50,15 @@ class Engine:
 
     def restart(self) -> None:
         self._life.kill()
+
+    def leave(self) -> None:
+        """Close its channel, upon which it ends."""
+        self._leaving = self.remote.there
+        self.remote.close()
+
+    async def end(self) -> None:
+        """Wait until it has ended, by force if need be."""
+        await self.supervisor.stop(grace_s=GRACE_S, leaving=self._leaving)
 
     async def _asked(self) -> bool | None:
         return await self.remote.ping(self._patience_s) if self.remote.there else None

@@ -126,20 +126,31 @@ class Supervisor:
             await asyncio.sleep(pause)
         return 0
 
-    async def stop(self, grace_s: float) -> None:
-        """End the engine, by force after ``grace_s``."""
+    async def stop(self, grace_s: float, *, leaving: bool = False) -> None:
+        """End the engine, by force after ``grace_s``.
+
+        Args:
+            grace_s: for it to end by itself.
+            leaving: it is ending already, and is only asked to after half of that time: ranks that die of a signal
+                while others say goodbye to them end in tracebacks.
+        """
         self._stopping = True
-        if not self._runs:
+        if not self._runs or (leaving and await self._ends_within(grace_s / 2)):
             return
         self._life.ask_to_end()
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._life.wait()
-        except TimeoutError:
+        if not await self._ends_within(grace_s / 2 if leaving else grace_s):
             self._say(f"the engine has not ended within {grace_s:g} s; it is killed")
             self.forced = True
             self._life.kill()
             await self._life.wait()
+
+    async def _ends_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._life.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def _once(self) -> int:
         await self._life.start()

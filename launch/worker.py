@@ -60,8 +60,6 @@ def run_engine(
         notes = sizing.lines
     replica = Replica(engine, mesh)
     if not replica.first:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # the first rank says when; it needs this one until then
         replica.follow()
         return 0
     limits = engine.limits
