@@ -48,6 +48,7 @@ def commands(steps: int, warmup: int) -> dict[str, list[str]]:
         "sampling": ["sampling.py"],
         "prefix": ["prefix.py", "--rounds", str(max(3, steps))],
         "serving": ["serving.py", "--rounds", str(steps)],
+        "serve_http": ["serve_http.py", "--rounds", str(steps), "--overload-s", "20"],
     }
 
 
