@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch import cli
+
 ROOT = Path(__file__).parent.parent
 CLOCK = {"seconds", "tokens_per_second", "mfu", "peak_memory"}
 
@@ -215,13 +217,13 @@ def test_a_broken_line_and_an_empty_corpus(tmp_path: Path) -> None:
     assert "a.jsonl" in err
 
 
-def test_help_lists_every_option() -> None:
+def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run("--help")
     assert "lockstep train RECIPE" in out
-    for command in ("train", "export", "generate", "verify"):
-        out, _ = run(command, "--help")
-        assert "options:" in out
-    assert "--help" not in out
+    for command in ("train", "export", "generate", "serve", "verify"):
+        assert cli.main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "options:" in out and "--help" not in out
 
 
 def test_a_refused_start_leaves_nothing_that_refuses_the_next(recipe: Path, tmp_path: Path) -> None:

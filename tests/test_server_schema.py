@@ -40,7 +40,7 @@ def check(operation: Any, seen: Counter[tuple[str, int]]) -> None:
 
     @seeded(1)
     @settings(
-        max_examples=40, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=25, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     @given(case=operation.as_strategy(), keep=st.sets(st.sampled_from(sorted(GOOD))), known=st.booleans())
     def ask(case: Any, keep: set[str], known: bool) -> None:
