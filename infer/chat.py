@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,14 +15,12 @@ from parallel.errors import ModelFolderError
 
 __all__ = ["ChatTemplate"]
 
-_LONGEST = 4 << 20
-"""Characters of a text that a template may make."""
-
 
 class ChatTemplate:
     """The template of a model folder (``chat_template.jinja``, or ``chat_template`` of tokenizer_config.json).
 
-    It is rendered in jinja2's sandbox, in limited time, and as `transformers` does: same variables and same filters.
+    It is rendered in jinja2's sandbox as `transformers` does: same variables and same filters; and in limited time, as
+    far as it is Python that takes it. What may harm nobody is rendered by :class:`~infer.server.rendering.Renderer`.
 
     Args:
         folder: of the model.
@@ -31,6 +28,8 @@ class ChatTemplate:
 
     Attributes:
         source: of the template; of that for tools, if there are two.
+        sources: by name: ``default`` and perhaps ``tool_use``.
+        special: tokens that it may use.
 
     Raises:
         ModelFolderError: there is no template, it cannot be read, or jinja2 is not installed.
@@ -38,30 +37,14 @@ class ChatTemplate:
 
     def __init__(self, folder: Path | str, *, seconds: float = 2.0) -> None:
         try:
-            from jinja2 import TemplateError
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            from infer.template import TemplateError, Templates
         except ImportError as error:
             raise ModelFolderError(f"chat templates need jinja2: pip install 'lockstep[serve]' ({error})") from None
         folder, self.seconds, self._failure = Path(folder), seconds, TemplateError
-        sources, self._special = _read(folder)
-        self.source = sources.get("tool_use", sources["default"])
-
-        class Limited(ImmutableSandboxedEnvironment):
-            intercepted_binops = frozenset({"*", "**"})
-
-            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-                if not isinstance(left, int | float) or not isinstance(right, int | float) or operator == "**":
-                    raise TemplateError(f"a chat template may not use {operator} on {left!r:.40} and {right!r:.40}")
-                return left * right
-
-        extensions: list[str | type[Extension]] = [loopcontrols]
-        environment = Limited(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = self._raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.sources, self.special = _read(folder)
+        self.source = self.sources.get("tool_use", self.sources["default"])
         try:
-            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+            self._templates = Templates(self.sources, self.special)
         except TemplateError as error:
             raise ModelFolderError(f"{folder}: chat template: {error}") from None
 
@@ -84,23 +67,32 @@ class ChatTemplate:
         Raises:
             RequestError: no conversation, the template refuses it, or takes too long.
         """
-        if not messages:
-            raise RequestError("messages: a conversation needs at least one")
-        variables = {"messages": list(messages), "tools": tools, "add_generation_prompt": answer}
+        name, variables = self.asked(messages, tools=tools, answer=answer, **more)
         try:
             with _Deadline(self.seconds):
-                name = "tool_use" if tools and "tool_use" in self._templates else "default"
-                text = self._templates[name].render(**self._special, **variables, **more)
+                return self._templates.render(name, variables)
         except TimeoutError:
             raise RequestError(f"messages: the chat template took longer than {self.seconds:g} s") from None
-        except (self._failure, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise RequestError(f"messages: the chat template says: {error}") from None
-        if len(text) > _LONGEST:
-            raise RequestError(f"messages: the chat template made {len(text):,} characters; {_LONGEST:,} are allowed")
-        return text
+        except self._failure as error:
+            raise RequestError(f"messages: {error}") from None
 
-    def _raise(self, message: str) -> None:
-        raise self._failure(message)
+    def asked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        answer: bool = True,
+        **more: Any,
+    ) -> tuple[str, dict[str, Any]]:
+        """Which of the sources is for a conversation, and its variables; see :meth:`render`.
+
+        Raises:
+            RequestError: no conversation.
+        """
+        if not messages:
+            raise RequestError("messages: a conversation needs at least one")
+        variables = {"messages": list(messages), "tools": tools, "add_generation_prompt": answer, **more}
+        return "tool_use" if tools and "tool_use" in self.sources else "default", variables
 
 
 def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -124,12 +116,8 @@ def _read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     return sources, special
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
-
-
 class _Deadline:
-    """Ends Python code of this thread that runs for too long; a template has no other way to be endless."""
+    """Ends Python code of this thread that runs for too long."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds

@@ -10,7 +10,6 @@ import gc
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from launch.hosting import GRACE_S, Engine, Here, Hosting, Ranks, say
 from launch.keepers import Board, Keeper, Seat, agree, node_name
 from launch.meeting import meet
 from launch.ports import holder
+from launch.scratch import scratch
 from launch.worker import identity
 from parallel.errors import ConfigError, ModelFolderError
 from parallel.hf import read_config
@@ -85,6 +85,10 @@ class Front:
     key_file: str
     alike: Mapping[str, str]
 
+    def name_of(self, replica: int) -> str:
+        """What an engine is called in lines about it."""
+        return f"engine {replica}" if self.layout.dp > 1 else "the engine"
+
     @property
     def size(self) -> int:
         """Ranks of an engine."""
@@ -108,16 +112,16 @@ async def serve(front: Front, arguments: Sequence[str], place: Placement | None,
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, signal.Signals(number).name)
     command = [sys.executable, "-m", "launch", *arguments]
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as name:
+    with scratch() as folder:
         if place is None:
-            return await _Desk(front, signals).open(Here(front.layout, front.key_file, command, environ, Path(name)))
+            return await _Desk(front, signals).open(Here(front.layout, front.key_file, command, environ, folder))
         board = Board(await asyncio.to_thread(meet, place))
         mine = {"version": version("lockstep"), "model": identity(front.folder)[:16], **front.alike}
         await agree(board, place.rank, place.world, mine)
         seat = Seat.of(place, front.size, await board.all("node/{}", place.rank, place.world, node_name()))
         keeper = Keeper(board, place, seat, [*command, "--ranks-here", str(place.local_world)], environ, say)
         if place.rank == 0:
-            return await _Desk(front, signals).open(Ranks(front.key_file, board, place, seat, keeper, Path(name)))
+            return await _Desk(front, signals).open(Ranks(front.key_file, board, place, seat, keeper, folder))
         return await keeper.follow(signals)
 
 
@@ -137,7 +141,10 @@ class _Desk:
         front = self._front
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listening(front.host, front.port, front.http.write_s))
-            engines = [Engine(*await hosting.engine(replica), front.stall_s) for replica in range(front.layout.dp)]
+            engines = [
+                Engine(*await hosting.engine(replica), front.stall_s, front.name_of(replica))
+                for replica in range(front.layout.dp)
+            ]
             app = _app(front, Router([engine.remote for engine in engines]))
             servers = [(_uvicorn(app, front), listener)]
             if front.admin_port:
@@ -145,6 +152,8 @@ class _Desk:
                 admin = create_admin_app(app.state.server, engines, front.admin_key, leave)
                 place = stack.enter_context(_listening("127.0.0.1", front.admin_port, front.http.write_s))
                 servers.append((_uvicorn(admin, front), place))
+            if not front.http.keys and front.host not in ("127.0.0.1", "::1", "localhost"):
+                say(f"whoever reaches {front.host} may ask without a key: give --keys-file, or listen on 127.0.0.1")
             gc.collect()
             gc.freeze()  # looking through all that is imported would take a tenth of a second each time
             return await self._until_told(hosting, app, servers, engines)

@@ -29,9 +29,11 @@ GRACE_S = 5.0
 class Engine:
     """An engine, its channel and who keeps it alive; a :class:`~infer.server.admin.Kept`."""
 
-    def __init__(self, remote: RemoteEngine, life: Life, stall_s: float) -> None:
+    def __init__(self, remote: RemoteEngine, life: Life, stall_s: float, name: str) -> None:
         self.remote, self._life, self._patience_s, self._leaving = remote, life, min(10.0, stall_s), False
-        self.supervisor = Supervisor(life, self._asked, say, every_s=min(2.0, stall_s / 4), stands_still_s=stall_s)
+        self.supervisor = Supervisor(
+            life, self._asked, say, name=name, every_s=min(2.0, stall_s / 4), stands_still_s=stall_s
+        )
 
     @property
     def there(self) -> bool:

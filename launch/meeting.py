@@ -17,6 +17,9 @@ from parallel.errors import RankError
 
 __all__ = ["connect", "disconnect", "meet"]
 
+_REACH_S = 20.0
+"""Until rank 0 listens; with the start of Python before it, an address that is wrong is told within half a minute."""
+
 
 def meet(placement: Placement, timeout_s: float = 30.0) -> Store:
     """The store that all ranks share, once every one of them is there.
@@ -98,6 +101,7 @@ def _open_store(placement: Placement, timeout_s: float) -> Store:
 
 def _await_listener(placement: Placement, timeout_s: float) -> None:
     """Wait until something listens at the meeting place: torch's own wait fills the screen with stacks."""
+    timeout_s = min(timeout_s, _REACH_S)
     deadline = time.monotonic() + timeout_s
     pause = 0.05
     while True:

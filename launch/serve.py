@@ -20,7 +20,7 @@ from parallel.config import option, options, parse_flags, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout
-from parallel.models.encoder_config import EncoderConfig
+from parallel.models.config import DecoderConfig
 from parallel.pp import partition
 
 try:
@@ -159,6 +159,9 @@ def _model_problems(config: ServeConfig, folder: Path) -> Iterator[str]:
     """Why this model cannot be served so."""
     model = read_config(folder, encoders=True).resolved()
     yield from model.layout_problems(config.layout.tp)
+    grows = isinstance(model, DecoderConfig) and model.positions == "rotary" and model.rope.scaling == "dynamic"
+    if config.engine.context > model.max_positions and not grows:
+        yield f"engine.context = {config.engine.context}: the model was made for {model.max_positions} positions"
     for size in config.sizes:
         if size > model.hidden:
             yield f"sizes = {size}: the model's vectors have {model.hidden} numbers"
@@ -167,8 +170,6 @@ def _model_problems(config: ServeConfig, folder: Path) -> Iterator[str]:
         return
     if config.layout.pp > 1:
         yield f"layout.pp = {config.layout.pp}: vectors need the whole model on each rank; use layout.tp or layout.dp"
-    if isinstance(model, EncoderConfig) and config.engine.context > model.max_positions:
-        yield f"engine.context = {config.engine.context}: the model has {model.max_positions} positions"
     for given, plain in zip(options(config.engine), options(EngineConfig()), strict=True):
         if given.default != plain.default and given.name not in _OF_VECTORS:
             yield f"engine.{given.name} = {given.default}: of what generates; {folder} is served for vectors only"

@@ -86,6 +86,7 @@ class Supervisor:
         life: of the engine.
         ping: whether the engine works; None while it is not expected to yet.
         say: takes one line about what happened.
+        name: what the engine is called in it.
         every_s: how often it is asked.
         stands_still_s: an engine that has not worked for so long is killed.
         loads_s: so is one that is not there after so long.
@@ -101,11 +102,12 @@ class Supervisor:
         ping: Callable[[], Awaitable[bool | None]],
         say: Callable[[str], None],
         *,
+        name: str = "the engine",
         every_s: float = 2.0,
         stands_still_s: float = 20.0,
         loads_s: float = 1800.0,
     ) -> None:
-        self._life, self._ping, self._say = life, ping, say
+        self._life, self._ping, self._say, self._name = life, ping, say, name
         self._every_s, self._stands_still_s, self._loads_s = every_s, stands_still_s, loads_s
         self._stopping = self._runs = False
         self.restarts = 0
@@ -121,7 +123,7 @@ class Supervisor:
                 return code if code == _REFUSED else 0
             lived = time.monotonic() - began
             pause = _SHORTEST_S if lived > _LONGEST_S else min(2 * pause, _LONGEST_S)
-            self._say(f"the engine ended with exit code {code} after {lived:.0f} s; it is started again")
+            self._say(f"{self._name} ended with exit code {code} after {lived:.0f} s; it is started again")
             self.restarts += 1
             await asyncio.sleep(pause)
         return 0
@@ -139,7 +141,7 @@ class Supervisor:
             return
         self._life.ask_to_end()
         if not await self._ends_within(grace_s / 2 if leaving else grace_s):
-            self._say(f"the engine has not ended within {grace_s:g} s; it is killed")
+            self._say(f"{self._name} has not ended within {grace_s:g} s; it is killed")
             self.forced = True
             self._life.kill()
             await self._life.wait()
@@ -170,13 +172,15 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._every_s)
             verdict = await self._ping()
+            if verdict and not there and self.restarts:
+                self._say(f"{self._name} works again")
             there = there or verdict is not None
             now = time.monotonic()
             if verdict is not False:
                 worked = now
             if now - worked > self._stands_still_s:
-                self._say(f"the engine has not made a step for {self._stands_still_s:g} s; it is killed")
+                self._say(f"{self._name} has not made a step for {self._stands_still_s:g} s; it is killed")
                 self._life.kill()
             elif not there and now - began > self._loads_s:
-                self._say(f"the engine is not there after {self._loads_s:g} s; it is killed")
+                self._say(f"{self._name} is not there after {self._loads_s:g} s; it is killed")
                 self._life.kill()

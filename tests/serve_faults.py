@@ -16,7 +16,7 @@ for folder in (Path(__file__).parent, Path(__file__).parent.parent):
         sys.path.insert(0, str(folder))
 
 from serving_faults.stage import Stage
-from serving_faults.suite import Case, NotRun, Outcome, Seen, chosen, reason
+from serving_faults.suite import Case, Lost, NotRun, Outcome, Seen, chosen, reason
 
 __all__ = ["main"]
 
@@ -32,6 +32,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="serve-faults-") as name:
         stage = Stage(Path(name), _model(Path(name)), short=short)
         try:
+            if len(cases) > 8:
+                stage.begin()
             for one in cases:
                 outcomes.append(_run(one, stage))
                 print(outcomes[-1].row(), flush=True)
@@ -40,7 +42,7 @@ def main(words: list[str]) -> int:
         finally:
             wrong = stage.close()
     print(*wrong, sep="\n", end="\n" * bool(wrong))
-    return _score(outcomes, wrong, time.monotonic() - began)
+    return _score(outcomes, wrong, stage.crashes, time.monotonic() - began)
 
 
 def _model(root: Path) -> Path:
@@ -63,24 +65,25 @@ def _run(one: Case, stage: Stage) -> Outcome:
         seen.notes[:] = [str(error)]
     except Exception as error:  # noqa: BLE001 - told, and the next case is run
         verdict, problem = "FAILED", reason(error)
+        return Outcome(one, time.monotonic() - began, seen, verdict, problem, isinstance(error, Lost))
     return Outcome(one, time.monotonic() - began, seen, verdict, problem)
 
 
-def _score(outcomes: list[Outcome], wrong: list[str], seconds: float) -> int:
+def _score(outcomes: list[Outcome], wrong: list[str], crashes: int, seconds: float) -> int:
     ran = [outcome for outcome in outcomes if outcome.verdict != "not run"]
     survived = sum(outcome.verdict == "ok" for outcome in ran)
     detect = max((outcome.seen.detect_s or 0.0 for outcome in ran), default=0.0)
     recover = max((outcome.seen.recover_s or 0.0 for outcome in ran), default=0.0)
     inputs = sum(outcome.seen.inputs for outcome in ran)
-    lost = len(ran) - survived + len(wrong)
+    lost = sum(outcome.lost for outcome in ran) + len(wrong)
     skipped = ", ".join(outcome.case.number for outcome in outcomes if outcome.verdict == "not run")
     print(
         f"faults {survived}/{len(ran)} survived, worst detect/recover {detect:.1f}/{recover:.1f} s"
-        f" | bad inputs {inputs} tried, {0 if not lost else 'some'} crash | lost {lost}"
+        f" | bad inputs {inputs} tried, {crashes} crash | lost {lost}"
         + (f" | not run: {skipped}" if skipped else "")
         + f" ({seconds:.0f} s)"
     )
-    return int(bool(lost))
+    return int(survived < len(ran) or bool(lost or crashes))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["Ranks", "children", "started"]
+__all__ = ["Ranks", "children", "serves", "started"]
 
 LIMITS = ("--engine.cache.memory-gib", "0.02")
 
@@ -29,6 +29,13 @@ def children(pid: int) -> list[int]:
                 found += own
                 todo += own
     return found
+
+
+def serves(pid: int) -> bool:
+    """Whether a process is one of an engine."""
+    with contextlib.suppress(OSError):
+        return b"--channel" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 class Ranks:
@@ -85,7 +92,7 @@ class Ranks:
 
     def below(self, rank: int) -> list[int]:
         """The engine processes of a rank."""
-        return children(self.processes[rank].pid)
+        return [pid for pid in children(self.processes[rank].pid) if serves(pid)]
 
     def stop(self, rank: int = 0) -> list[int]:
         """SIGTERM to one rank; the exit codes of all."""

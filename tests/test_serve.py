@@ -20,6 +20,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from starter import children, serves
 from test_llm import LLAMA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -84,22 +85,14 @@ class Server:
         return self.client.completions.create(model=self.model, prompt=prompt, **options).choices[0].text
 
     def engines(self) -> list[int]:
-        """Processes that the server has started, and theirs."""
-        found, todo = [], [self.process.pid]
-        while todo:
-            parent = todo.pop()
-            with contextlib.suppress(OSError):
-                for task in Path(f"/proc/{parent}/task").iterdir():
-                    children = [int(child) for child in (task / "children").read_text().split()]
-                    found += children
-                    todo += children
-        return found
+        """Processes of engines."""
+        return [pid for pid in children(self.process.pid) if serves(pid)]
 
     def stop(self) -> int:
-        engines = self.engines()
+        everyone = children(self.process.pid)
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(30)
-        assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()], "a process is left"
+        assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()], "a process is left"
         return code
 
 

@@ -282,9 +282,9 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
     found = [problem.split(":")[0] for problem in caught.value.problems]
     assert found == [
         "layout.tp = 3 does not divide the 4 heads; the nearest degree that works is 2",
+        "engine.context = 65",
         "sizes = 25",
         "layout.pp = 2",
-        "engine.context = 65",
         "engine.cache.memory_gib = 1.0",
         "engine.scheduler.disk_pages = 5",
         "engine.disk = x",

@@ -84,10 +84,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/completions", {**TEXT, "stream_options": {"include_usage": True}}, "stream_options"),
     ("/v1/completions", {**TEXT, "stream": True, "stream_options": {"sometimes": True}}, "stream_options.sometimes"),
     ("/v1/completions", {**TEXT, "banned_tokens": list(range(VOCABULARY))}, None),
-    *[
-        ("/v1/completions", {**TEXT, name: value}, name)
-        for name, value in (("suffix", "x"), ("user", "me"), ("tempo", 1))
-    ],
+    *[("/v1/completions", {**TEXT, name: value}, name) for name, value in (("suffix", "x"), ("user", 7), ("tempo", 1))],
     *[
         ("/v1/chat/completions", {**CHAT, name: value}, name)
         for name, value in (
@@ -98,7 +95,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
             ("modalities", ["text", "audio"]),
             ("audio", {"voice": "x"}),
             ("store", True),
-            ("metadata", {"a": "b"}),
+            ("metadata", {"a": 1}),
             ("service_tier", "flex"),
             ("prediction", {"type": "content", "content": "x"}),
             ("reasoning_effort", "low"),
@@ -158,7 +155,13 @@ def test_an_over_long_prompt_is_told_the_numbers(http: httpx2.Client) -> None:
 
 
 def test_neutral_values_of_fields_that_we_do_not_have_ask_for_nothing(http: httpx2.Client) -> None:
-    more: dict[str, Any] = {"tools": [], "response_format": {"type": "text"}, "store": False, "user": None}
+    more: dict[str, Any] = {
+        "tools": [],
+        "response_format": {"type": "text"},
+        "store": False,
+        "user": "me",
+        "metadata": {"a": "b"},
+    }
     assert http.post("/v1/chat/completions", json={**CHAT, **more, "modalities": ["text"]}).status_code == 200
     assert http.post("/v1/completions", json={**TEXT, "suffix": None, "best_of": 1}).status_code == 200
     checked(http.post("/v1/chat/completions", json={**CHAT, "store": 0}), 400)

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import json
-import os
-import select
-import struct
-import subprocess
-import sys
-import threading
-import time
-import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from infer.apart import Apart, Died
 from infer.constraint import Constraint
 
 __all__ = ["Checker"]
 
 _PROGRAM = Path(__file__).with_name("compile.py")
-_START_S = 30.0
-_FRAME = struct.Struct("<I")
-_LARGEST = 1 << 20
 _ENTRY = 200
 """Bytes that are kept of a form that was tried, besides what was wrong with it."""
-
-
-class _Died(Exception):
-    """The child is gone, or was killed; the message says why."""
 
 
 class Checker:
@@ -61,17 +46,25 @@ class Checker:
         kept_bytes: int = 1 << 20,
     ) -> None:
         self.seconds, self.memory, self.vocabulary, self.kept_bytes = seconds, memory, vocabulary, kept_bytes
-        self.waiting = self.kept = self.starts = 0
+        self.waiting = self.kept = 0
         self._tokenizer = tokenizer
         self._known: OrderedDict[bytes, str] = OrderedDict()
-        self._child: list[subprocess.Popen[bytes]] = []
-        self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._finalize = weakref.finalize(self, _end, self._child)
+        self._apart = Apart(_PROGRAM, partial(_about, tokenizer, vocabulary), memory=memory)
+
+    @property
+    def starts(self) -> int:
+        """How often the process was started."""
+        return self._apart.starts
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, if there is one."""
+        return self._apart.pid
 
     def close(self) -> None:
         """End the process."""
-        self._finalize()
+        self._apart.close()
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
@@ -103,72 +96,18 @@ class Checker:
 
     def _try(self, constraint: Constraint) -> str:
         try:
-            child = self._started()
-        except _Died as died:
-            return f"forms cannot be tried: {died}"
-        try:
-            told = _ask(child, {"kind": constraint.kind, "text": constraint.text}, self.seconds)
-        except _Died as died:
-            _end(self._child)
-            return str(died)
+            told = self._apart.ask({"kind": constraint.kind, "text": constraint.text}, self.seconds)
+        except Died as died:
+            if died.why == "refused":
+                return f"forms cannot be tried: {died}"
+            late = f"it takes more than {self.seconds:g} s to compile"
+            return late if died.why == "late" else "it needs too much memory, or is nested too deeply"
         slow = told.get("cpu_s", 0.0) > self.seconds / 4
         return str(told["problem"]) or ("it takes too long to compile, and to follow" if slow else "")
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._child and self._child[0].poll() is None:
-            return self._child[0]
-        _end(self._child)
-        assert self._tokenizer is not None
-        child = subprocess.Popen(  # it dies with the thread that starts it, which is that of the pool
-            [sys.executable, "-P", str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._child.append(child)
-        self.starts += 1
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        about = {
-            "parent": os.getpid(),
-            "tokenizer": self._tokenizer.to_str(),
-            "vocabulary": self.vocabulary,
-            "ends": [min(ids, default=0)],
-            "bytes": self.memory,
-        }
-        told = _ask(child, about, _START_S)
-        if told["problem"]:
-            raise _Died(told["problem"])
-        return child
 
-
-def _ask(child: subprocess.Popen[bytes], value: Any, seconds: float) -> dict[str, Any]:
-    """Send a frame, and wait for the answer."""
-    assert child.stdin is not None and child.stdout is not None
-    data = json.dumps(value).encode()
-    deadline, out = time.monotonic() + seconds, b""
-    try:
-        child.stdin.write(_FRAME.pack(len(data)) + data)
-        child.stdin.flush()
-        while len(out) < _FRAME.size or len(out) < _FRAME.size + _FRAME.unpack(out[: _FRAME.size])[0]:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
-                raise _Died(f"it takes more than {seconds:g} s to compile")
-            more = os.read(child.stdout.fileno(), 1 << 16)
-            if not more or len(out) > _LARGEST:
-                raise _Died("it needs too much memory, or is nested too deeply")
-            out += more
-    except OSError:
-        raise _Died("it needs too much memory, or is nested too deeply") from None
-    return json.loads(out[_FRAME.size :])
-
-
-def _end(children: list[subprocess.Popen[bytes]]) -> None:
-    while children:
-        child = children.pop()
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+def _about(tokenizer: Tokenizer | None, vocabulary: int) -> dict[str, Any]:
+    """What the process is told first."""
+    assert tokenizer is not None
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    return {"tokenizer": tokenizer.to_str(), "vocabulary": vocabulary, "ends": [min(ids, default=0)]}

@@ -276,6 +276,8 @@ def _follow(matcher: LLMatcher, vocabulary: int) -> None:
         above = mask >> start
         rest, base = (above, start) if above else (mask, 0)
         matcher.consume_token(base + (rest & -rest).bit_length() - 1)
+        if matcher.is_error():
+            raise FormError(_line(matcher.get_error()))
         if matcher.is_stopped():
             return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import FailFast, Field, ValidationError, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from infer.params import SamplingParams
 from infer.server.body import Body
@@ -41,14 +41,9 @@ Prompts = Annotated[
 ]
 """A text, texts, token ids, or lists of token ids; looked at by :mod:`infer.server.prompts`, as there may be many."""
 
-_BOTH: dict[str, tuple[Any, ...]] = {
-    "user": (),
-    "metadata": ({},),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "safety_identifier": (),
-    "prompt_cache_key": (),
-}
+_BOTH: dict[str, tuple[Any, ...]] = {"store": (False,), "service_tier": ("auto", "default")}
+_LABELS = frozenset(("user", "metadata", "safety_identifier", "prompt_cache_key"))
+"""Fields that say who asks and why, and ask for nothing: they are taken, and change no answer."""
 
 
 class StreamOptions(Body):
@@ -75,9 +70,12 @@ class SamplingBody(Body):
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
     logit_bias: Annotated[dict[str, Number], Field(max_length=4096)] | None = None
-    allowed_tokens: Annotated[list[Token], Field(max_length=1 << 16)] | None = None
-    banned_tokens: Annotated[list[Token], Field(max_length=1 << 16)] | None = None
-    bad_words: Annotated[list[Word | list[Token]], Field(max_length=256)] | None = None
+    allowed_tokens: Annotated[list[Token], Field(fail_fast=True, max_length=1 << 16)] | None = None
+    banned_tokens: Annotated[list[Token], Field(fail_fast=True, max_length=1 << 16)] | None = None
+    bad_words: (
+        Annotated[list[Word | Annotated[list[Token], Field(fail_fast=True)]], Field(fail_fast=True, max_length=256)]
+        | None
+    ) = None
     seed: Whole | None = None
     stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
     stop_tokens: Annotated[list[Token], Field(max_length=256)] | None = None
@@ -147,7 +145,7 @@ class CompletionBody(SamplingBody):
 
 
 Scalar = str | bool | int | float | None
-_TAKEN = {"messages", "tools", "answer", "self", "add_generation_prompt"}
+_TAKEN = {"chat_template", "messages", "tools", "answer", "self", "add_generation_prompt"}
 
 
 class ChatBody(SamplingBody):
@@ -217,7 +215,7 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
-    tokens: Annotated[list[Token], FailFast(), Field(max_length=1 << 20)]
+    tokens: Annotated[list[Token], Field(fail_fast=True, max_length=1 << 20)]
 
 
 _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
@@ -236,7 +234,6 @@ _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
     },
-    EmbeddingBody: {"user": ()},
 }
 """Fields of OpenAI's that this server does not honour, and with which values they ask for nothing (as null does)."""
 
@@ -253,7 +250,9 @@ def parse(kind: type[B], value: dict[str, Any]) -> B:
     neutral = _NEUTRAL.get(kind, kind.neutral)
     left = {}
     for name, given in value.items():
-        if name not in neutral:
+        if name in _LABELS and name not in kind.model_fields:
+            _check_label(name, given)
+        elif name not in neutral:
             left[name] = given
         elif given is not None and not any(type(own) is type(given) and own == given for own in neutral[name]):
             raise invalid(f"{name}: this server does not do this", name, "unsupported_parameter")
@@ -261,6 +260,14 @@ def parse(kind: type[B], value: dict[str, Any]) -> B:
         return kind.model_validate(left)
     except ValidationError as error:
         raise of_validation(error) from None
+
+
+def _check_label(name: str, value: Any) -> None:
+    """A text of at most 512 characters; ``metadata``: 16 of them, by name."""
+    texts = list(value.values()) if name == "metadata" and isinstance(value, dict) else [value]
+    if value is not None and (len(texts) > 16 or not all(isinstance(one, str) and len(one) <= 512 for one in texts)):
+        kind = "at most 16 texts by name" if name == "metadata" else "a text"
+        raise invalid(f"{name}: must be {kind}, of at most 512 characters each", name)
 
 
 def _token(name: str) -> int:

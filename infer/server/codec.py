@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders
 
 from infer.chat import ChatTemplate
 from infer.server.errors import invalid
+from infer.server.rendering import Renderer
 from infer.text import Detokenizer
 
 __all__ = ["Codec", "Reader", "ReadsDocuments"]
@@ -60,6 +61,7 @@ class Codec:
         documents: ReadsDocuments | None = None,
     ) -> None:
         self.tokenizer, self.template, self._documents = tokenizer, template, documents
+        self._renderer = None if template is None else Renderer(template)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._bytes: dict[int, bytes] = {}
 
@@ -130,16 +132,12 @@ class Codec:
             ApiError: the model has no chat template or no tokenizer.
             RequestError: the template refuses it.
         """
-        template = self.template
-        if template is None:
-            raise invalid(f"{param}: the model has no chat template; use /v1/completions", param)
-        tokenizer = self._needed(param)
-
-        def work() -> tuple[list[int], str]:
-            text = template.render(messages, tools=tools, answer=answer, **(variables or {}))
-            return tokenizer.encode(text, add_special_tokens=False).ids, text[-100:].rstrip()
-
-        return await asyncio.to_thread(work)
+        renderer = self._renderer
+        if renderer is None:
+            raise invalid(f"{param}: the model has no chat template; ask for completions", param)
+        self._needed(param)
+        text = await renderer.render(messages, tools=tools, answer=answer, **(variables or {}))
+        return (await self.encode([text], special=False, param=param))[0], text[-100:].rstrip()
 
     def token(self, text: str) -> int | None:
         """The token that is this mark; None: it is spelled by several."""

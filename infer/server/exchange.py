@@ -12,10 +12,20 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infer.server.errors import ApiError, invalid
 
-__all__ = ["Exchange", "Left", "encode", "read_object", "refuse_socket", "send_error", "send_json"]
+__all__ = [
+    "DEEPEST",
+    "Exchange",
+    "Left",
+    "check_parts",
+    "encode",
+    "read_object",
+    "refuse_socket",
+    "send_error",
+    "send_json",
+]
 
 encode = msgspec.json.Encoder().encode
-DEEPEST, MOST_FIELDS, MOST_PARTS = 64, 8192, 1 << 16
+DEEPEST, MOST_FIELDS, MOST_PARTS, MOST_TEXTS, MOST_VALUES = 64, 8192, 1 << 14, 1 << 17, 3 << 18
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _JSON = b"application/json"
 
@@ -181,9 +191,7 @@ def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
     Raises:
         ApiError: they are none, or one that is too deep or has too many parts.
     """
-    parts = data.count(b"[") + data.count(b"{")
-    if parts > MOST_PARTS:
-        raise invalid(f"the {what} has more than {MOST_PARTS} lists and objects")
+    check_parts(data, f"the {what}")
     try:
         value = msgspec.json.decode(data)
     except RecursionError:
@@ -195,6 +203,29 @@ def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
     if problem := _problem(value):
         raise invalid(f"the {what} {problem}")
     return value
+
+
+def check_parts(data: bytes | bytearray, what: str) -> None:
+    """Refuse JSON that would take long to read (400), without reading it: signs are counted, first those in texts too.
+
+    Args:
+        data: the JSON.
+        what: it is.
+    """
+    signs = (b"[", b"{", b'"', b",")
+    lists, objects, marks, commas = (data.count(sign) for sign in signs)
+    if lists + objects > MOST_PARTS or marks > 2 * MOST_TEXTS or commas > MOST_VALUES:
+        plain = data.replace(rb"\\", b"").replace(rb"\"", b"")
+        marks = plain.count(b'"')
+        if marks <= 2 * MOST_TEXTS:
+            plain = b"".join(plain.split(b'"')[::2])
+        lists, objects, _, commas = (plain.count(sign) for sign in signs)
+    if marks > 2 * MOST_TEXTS:
+        raise invalid(f"{what} has more than {MOST_TEXTS} texts and names of fields")
+    if lists + objects > MOST_PARTS:
+        raise invalid(f"{what} has more than {MOST_PARTS} lists and objects")
+    if commas > MOST_VALUES:
+        raise invalid(f"{what} has more than {MOST_VALUES} values")
 
 
 def _problem(value: dict[str, Any]) -> str | None:

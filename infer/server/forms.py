@@ -11,7 +11,7 @@ from infer.constraint import Constraint
 from infer.server.body import Body
 from infer.server.errors import invalid
 
-__all__ = ["JsonSchema", "ResponseFormat", "StructuredOutputs", "constraint_of"]
+__all__ = ["JsonSchema", "ResponseFormat", "StructuredOutputs", "constraint_of", "of_schema"]
 
 LONGEST = 1 << 18
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST)]
@@ -42,7 +42,7 @@ class ResponseFormat(Body):
     def constraint(self) -> Constraint | None:
         """The same for the engine."""
         if self.json_schema is not None:
-            return Constraint("json", json.dumps(self.json_schema.schema_))
+            return of_schema(self.json_schema.schema_, "response_format")
         return Constraint("json", '{"type": "object"}') if self.type == "json_object" else None
 
 
@@ -51,7 +51,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=4096)] | None = None
+    choice: Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=4096)] | None = None
     grammar: Text | None = None
 
     @model_validator(mode="after")
@@ -63,12 +63,25 @@ class StructuredOutputs(Body):
     def constraint(self) -> Constraint:
         """The same for the engine."""
         if self.json_ is not None:
-            return Constraint("json", self.json_ if isinstance(self.json_, str) else json.dumps(self.json_))
+            own, field = self.json_, "structured_outputs"
+            return Constraint("json", own) if isinstance(own, str) else of_schema(own, field)
         if self.choice is not None:
             return Constraint("choice", json.dumps(self.choice))
         if self.regex is not None:
             return Constraint("regex", self.regex)
         return Constraint("grammar", self.grammar or "")
+
+
+def of_schema(schema: dict[str, Any], field: str) -> Constraint:
+    """A text that a JSON schema describes.
+
+    Raises:
+        ApiError: it is longer than any that is compiled.
+    """
+    text = json.dumps(schema)
+    if len(text) > LONGEST:
+        raise invalid(f"{field}: a schema of {len(text)} characters; at most {LONGEST} are compiled", field)
+    return Constraint("json", text)
 
 
 def constraint_of(format: ResponseFormat | None, outputs: StructuredOutputs | None) -> Constraint | None:

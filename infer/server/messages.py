@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import Field, model_validator
 
 from infer.server.body import Body
-from infer.server.errors import invalid
+from infer.server.errors import ApiError, invalid
+from infer.server.exchange import DEEPEST, check_parts, read_object
 
 __all__ = [
     "Call",
@@ -24,12 +24,12 @@ __all__ = [
     "Tool",
     "ToolChoice",
     "Tools",
+    "check_arguments",
     "check_calls",
     "check_tools",
     "read_arguments",
 ]
 
-DEEPEST = 64
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -87,9 +87,9 @@ class Call(Body):
     function: Arguments
 
 
-Tools = Annotated[list[Tool], Field(max_length=128)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=128)]
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
-Content = str | Annotated[list[Part], Field(min_length=1, max_length=1024)]
+Content = str | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=1024)]
 
 
 class Message(Body):
@@ -99,7 +99,7 @@ class Message(Body):
     content: Content | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[Call], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: CallId | None = None
 
     @model_validator(mode="before")
@@ -149,7 +149,12 @@ class Message(Body):
         return {"role": self.role, "content": self.text, **more}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+
+
+def check_arguments(texts: Sequence[str], param: str = "messages.tool_calls") -> None:
+    """Refuse arguments of calls that would take long to read (400), all together."""
+    check_parts("".join(texts).encode(), f"{param}: what they have as arguments")
 
 
 def read_arguments(text: str, param: str = "messages.tool_calls") -> dict[str, Any]:
@@ -159,16 +164,15 @@ def read_arguments(text: str, param: str = "messages.tool_calls") -> dict[str, A
         ApiError: they are no JSON object.
     """
     try:
-        value = msgspec.json.decode(text or "{}")
-        if isinstance(value, dict) and _depth(value) <= DEEPEST:
-            return value
-    except (msgspec.DecodeError, RecursionError):
-        pass
-    raise invalid(f"{param}: arguments must be a JSON object, not deeper than {DEEPEST}", param)
+        return read_object(bytearray(text.encode()) or bytearray(b"{}"))
+    except ApiError:
+        told = f"{param}: arguments must be a JSON object, not deeper than {DEEPEST}"
+        raise invalid(told, param) from None
 
 
 def check_calls(messages: Sequence[Message]) -> None:
     """Refuse answers of tools to calls that were not made (400)."""
+    check_arguments([call.function.arguments for message in messages for call in message.tool_calls or ()])
     made: set[str] = set()
     for place, message in enumerate(messages):
         made |= {call.id for call in message.tool_calls or ()}
@@ -190,12 +194,3 @@ def check_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None, param: 
         raise invalid("tool_choice: there is no tool of this name", "tool_choice")
     if choice == "required" and not names:
         raise invalid("tool_choice: there are no tools", "tool_choice")
-
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level:
-        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [item for items in inner for item in items if isinstance(item, dict | list)]
-        depth += 1
-    return depth

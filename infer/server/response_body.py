@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ from infer.constraint import Constraint
 from infer.params import SamplingParams
 from infer.server.body import Body
 from infer.server.errors import invalid
+from infer.server.forms import of_schema
 from infer.server.messages import (
     CallId,
     Function,
@@ -20,6 +20,7 @@ from infer.server.messages import (
     NamedTool,
     Tool,
     ToolChoice,
+    check_arguments,
     check_tools,
     read_arguments,
 )
@@ -41,7 +42,7 @@ class TextPart(Body):
     logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-Texts = str | Annotated[list[TextPart], Field(max_length=1024)]
+Texts = str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)]
 
 
 class MessageItem(Body):
@@ -89,7 +90,7 @@ class ThoughtItem(Body):
     type: Literal["reasoning"]
     id: Id = None
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: Annotated[list[ThoughtPart], Field(max_length=1024)] | None = None
+    content: Annotated[list[ThoughtPart], Field(fail_fast=True, max_length=1024)] | None = None
     encrypted_content: None = None
     status: Status = None
 
@@ -139,7 +140,7 @@ class Format(Body):
         """For the engine."""
         if self.type == "text":
             return None
-        return Constraint("json", json.dumps({"type": "object"} if self.schema_ is None else self.schema_))
+        return of_schema({"type": "object"} if self.schema_ is None else self.schema_, "text.format")
 
 
 class Text(Body):
@@ -158,9 +159,12 @@ class ResponsesBody(Body):
     """POST /v1/responses."""
 
     model: Annotated[str, Field(max_length=512)]
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1, max_length=4096)]
+    input: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
+    )
     instructions: str | None = None
-    tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
+    tools: Annotated[list[FlatTool], Field(fail_fast=True, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None
@@ -196,8 +200,10 @@ class ResponsesBody(Body):
         if self.max_output_tokens is not None and self.max_output_tokens < 1:
             raise invalid("max_output_tokens: must be at least 1", "max_output_tokens")
         check_tools(self.functions(), self.choice(), "tools")
+        items = self.input if isinstance(self.input, list) else []
+        check_arguments([item.arguments for item in items if isinstance(item, CallItem)], "input.arguments")
         made: set[str] = set()
-        for place, item in enumerate(self.input if isinstance(self.input, list) else ()):
+        for place, item in enumerate(items):
             if isinstance(item, CallItem):
                 made.add(item.call_id)
             elif isinstance(item, ResultItem) and item.call_id not in made:

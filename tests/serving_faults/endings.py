@@ -18,6 +18,7 @@ from serving_faults.suite import Seen, case, must
 from serving_faults.wire import Answer, error_of
 
 STREAM: dict[str, Any] = {**LONG, "temperature": 0, "stream": True, "max_tokens": 120}
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "tea"}], "max_tokens": 2}
 OF_STARTERS = re.compile(r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_.*|(SLURM|OMPI|PMI|MPI|LOCKSTEP)_.*)")
 
 
@@ -33,7 +34,7 @@ def _told(house: House, numbers: tuple[int, ...], seconds: float) -> tuple[list[
         for client in streams:
             client.post("/v1/completions", STREAM)
         wait_for(lambda: house.metrics()["engine_running"] == 4, 10, "four streams run")
-        own, began = house.engines(), time.monotonic()
+        own, began = house.processes(), time.monotonic()
         for place, number in enumerate(numbers):
             time.sleep(0.3 * (place > 0))  # two at a time would be one
             house.process.send_signal(number)
@@ -57,7 +58,8 @@ def _told(house: House, numbers: tuple[int, ...], seconds: float) -> tuple[list[
 
 @case("S22 SIGTERM under load")
 def drained(stage: Stage, seen: Seen) -> None:
-    with stage.own() as house:
+    house = stage.retired()
+    with stage.ending(house):
         want = _text(house.ask("POST", "/v1/completions", STREAM))
         answers, late, took, code = _told(house, (signal.SIGTERM,), 30.0)
         must(code == 0, f"exit code {code}")
@@ -121,9 +123,7 @@ def unreachable(stage: Stage, seen: Seen) -> None:
     for host, (code, said, took) in together(works):
         must(code != 0 and f"{host}:29555" in said, f"{code}: {said}")
         must("Traceback" not in said, said)
-        waited = re.search(r"within (\d+) s", said)
-        must(waited is not None and int(waited[1]) <= 30, f"{host}: {said}")
-        must(took < 60.0, f"{host}: given up after {took:.1f} s")  # 30 s, and the start of Python on a busy machine
+        must(took <= 30.0, f"{host}: given up after {took:.1f} s")
         seen.note(f"{host}: exit {code} after {took:.1f} s")
 
 
@@ -131,23 +131,23 @@ def unreachable(stage: Stage, seen: Seen) -> None:
 def orphans(stage: Stage, seen: Seen) -> None:
     for layout in (("--layout.tp", "2"),) if stage.short else ((), ("--layout.tp", "2"), ("--layout.dp", "2")):
         house = House(stage.place(), stage.model, *layout)
-        own = house.engines()
+        house.ask("POST", "/v1/chat/completions", CHAT)
+        own = house.processes()
         must(own, "it has no processes")
         began = time.monotonic()
         os.kill(house.process.pid, signal.SIGKILL)
         house.process.wait()
         try:
             wait_for(lambda own=own: not [pid for pid in own if alive(pid)], 5.0, f"{layout}: orphans")
+            left = lambda house=house: sorted(path.name for path in house.temporary.iterdir())  # noqa: E731
+            wait_for(lambda left=left: not left(), 1.0, f"{layout}: {left()} is left on disk")
         finally:
             house.end()
             for pid in own:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         seen.detected(time.monotonic() - began, 5.0, "no orphan was left")
-        left = sorted(path.name for path in house.temporary.iterdir())
-        seen.note(
-            f"{' '.join(layout) or 'one rank'}: {len(own)} gone after {seen.detect_s:.2f} s, left on disk: {left}"
-        )
+        seen.note(f"{' '.join(layout) or 'one rank'}: {len(own)} and all files gone after {seen.detect_s:.2f} s")
 
 
 @case("L7 an engine that does not end at SIGTERM", short=False)
@@ -209,15 +209,14 @@ def interrupted(stage: Stage, seen: Seen) -> None:
         house = House(stage.place(), stage.model, "--layout.tp", "2", wait=False)
         try:
             time.sleep(delay)
-            own, began = house.engines(), time.monotonic()
+            own, began = house.processes(), time.monotonic()
             house.process.send_signal(signal.SIGINT)
             code = house.process.wait(20)
             took = time.monotonic() - began
             house.check_gone(own, 2.0)
             left = list(house.temporary.rglob("*"))
             must(not left, f"Ctrl-C after {delay} s leaves {left}")
-            early = delay < 1.0 and "main()" not in house.lines  # Python itself is not there yet
-            must(code in (0, 130) or early, f"Ctrl-C after {delay} s: exit code {code}: {house.lines[-500:]}")
+            must(code in (0, 130, -signal.SIGINT), f"Ctrl-C after {delay} s: exit code {code}: {house.lines[-500:]}")
             seen.detected(took, 5.0, f"Ctrl-C after {delay} s: it ended")
         finally:
             house.end()

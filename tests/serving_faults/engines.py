@@ -38,7 +38,7 @@ def one_fails(stage: Stage, seen: Seen) -> None:
         seen.note("each such request failed alone")
 
 
-def _streams(house: House, count: int) -> tuple[list[Any], list[float], list[threading.Thread]]:
+def _streams(house: House, count: int, pause: float = 0.0) -> tuple[list[Any], list[float], list[threading.Thread]]:
     """Streams that are under way; their answers, and when they ended, come later."""
     found: list[Any] = [None] * count
     ends = [0.0] * count
@@ -55,6 +55,7 @@ def _streams(house: House, count: int) -> tuple[list[Any], list[float], list[thr
     threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(count)]
     for thread in threads:
         thread.start()
+        time.sleep(pause)
     wait_for(lambda: house.metrics()["engine_running"] >= count, 20, "the streams begin")
     return found, ends, threads
 
@@ -129,7 +130,8 @@ def rank_raises(stage: Stage, seen: Seen) -> None:
 
 @case("S18 SIGKILL to the engine in the middle of streams")
 def killed(stage: Stage, seen: Seen) -> None:
-    with stage.own() as house, stage.watched(house, seen, disturbed=True):
+    house = stage.plain()
+    with stage.watched(house, seen, disturbed=True):
 
         def strike() -> None:
             for pid in house.engines():
@@ -193,7 +195,7 @@ def router(stage: Stage, seen: Seen) -> None:
     with stage.own("--layout.dp", "2") as house, stage.watched(house, seen, disturbed=True):
         want = house.ask("POST", "/v1/completions", {**LONG, "temperature": 0}).json()["choices"][0]["text"]
         with house.slowly(0.01):
-            found, _, threads = _streams(house, 6)
+            found, _, threads = _streams(house, 6, pause=0.15)  # short prompts that come at once may all go to one
             first = _children(house)[0]
             began = time.monotonic()
             os.kill(first, signal.SIGKILL)
@@ -225,4 +227,4 @@ def _children(house: House) -> list[int]:
     for task in os.listdir(f"/proc/{house.process.pid}/task"):
         with contextlib.suppress(OSError), open(f"/proc/{house.process.pid}/task/{task}/children") as file:
             found += [int(word) for word in file.read().split()]
-    return [pid for pid in sorted(found) if alive(pid)]
+    return [pid for pid in sorted(set(found) & set(house.engines())) if alive(pid)]

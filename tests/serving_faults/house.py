@@ -175,7 +175,7 @@ class House:
 
     def stop(self, seconds: float = 40.0, number: int = signal.SIGTERM) -> int:
         """End it; its exit code. Nothing of it may be left."""
-        own = self.engines()
+        own = self.processes()
         self.process.send_signal(number)
         try:
             code = self.process.wait(seconds)
@@ -192,7 +192,7 @@ class House:
 
     def end(self) -> None:
         """Whatever it does."""
-        own = self.engines()
+        own = self.processes()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -203,7 +203,15 @@ class House:
     # what it holds
 
     def engines(self) -> list[int]:
-        """Processes that it has started, and theirs."""
+        """The processes of its engines: all but those that try forms, render templates, and remove its folder."""
+        return [pid for pid in self.processes() if not _HELPERS.search(_command(pid))]
+
+    def helper(self, program: str) -> int | None:
+        """The process that runs a program of its own, if there is one."""
+        return next((pid for pid in self.processes() if program.encode() in _command(pid)), None)
+
+    def processes(self) -> list[int]:
+        """All that it has started, and what they have."""
         found, todo = [], [self.process.pid]
         while todo:
             parent = todo.pop()
@@ -220,7 +228,7 @@ class House:
 
     def census(self) -> Census:
         found = Census()
-        for pid in (self.process.pid, *self.engines()):
+        for pid in (self.process.pid, *self.processes()):
             with contextlib.suppress(OSError):
                 found.files[pid] = len(os.listdir(f"/proc/{pid}/fd"))
                 found.threads[pid] = _status(pid, "Threads")
@@ -261,6 +269,16 @@ class Repeating:
     def stop(self) -> None:
         self._over.set()
         self._thread.join(30)
+
+
+_HELPERS = re.compile(rb"/(compile|template)\.py|^/bin/sh\0")
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _status(pid: int, name: str) -> int:

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from serving_faults.house import GREEDY, House, Repeating, wait_for
-from serving_faults.suite import Failed, Seen, must
+from serving_faults.suite import Failed, Lost, Seen, must
 from serving_faults.wire import Answer
 
-__all__ = ["KEY", "OTHER", "Stage", "tally", "together"]
+__all__ = ["KEY", "OTHER", "TEMPLATES", "Stage", "hostile", "tally", "together"]
 
+HELPED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "tea"}], "max_tokens": 2}),
+    ("/v1/completions", {**GREEDY, "max_tokens": 2, "structured_outputs": {"choice": ["tea", "noon"]}}),
+]
+"""Have a process started that renders templates, and one that tries forms."""
 KEY, OTHER = "sk-canary-key-first-0123456789", "sk-canary-key-other-0123456789"
 STALL_S, PING_MS = 0.1, 1000.0
 """An event loop may compute for so long in one go; a ping may take so long on a machine with other things to do."""
@@ -26,6 +31,35 @@ POOL = 3 + min(32, (os.cpu_count() or 1) + 4)
 """Threads that a process may have: its own, and those of a pool, which are started one by one."""
 RSS_SHARE, RSS_BYTES = 0.02, 12 << 20
 """A process may grow by so much; the absolute figure is for what allocators keep."""
+
+
+TEMPLATES = {
+    "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "center": "{{ 'a' | center(10000000000) }}",
+    "percent": "{{ '%9999999999d' % 1 }}",
+    "format": "{{ '{:9999999999}'.format(1) }}",
+    "double": "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "lipsum": "{{ lipsum(n=100000000) }}",
+    "slice": "{{ [1] | slice(100000000) | list }}",
+    "indent": "{{ 'a\\n' | indent(10000000000) }}",
+    "long": "{% for a in range(99999) %}{{ 'a' | center(100) }}{% endfor %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "inside": "{{ cycler.__init__.__globals__.os.system('touch unrendered') }}",
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "import": "{% import '/etc/passwd' as p %}{{ p }}",
+}
+"""What a chat template may do, by what it is told to."""
+
+
+def hostile(place: Path, model: Path) -> Path:
+    """A model folder whose template does what the first message names."""
+    folder = place / "tiny"
+    shutil.copytree(model, folder)
+    ways = "".join(f"{{% elif m == '{name}' %}}{source}" for name, source in TEMPLATES.items())
+    source = "{% set m = messages[0].content %}{% if m == 'tea' %}[user] tea" + ways + "{% endif %}"
+    source += "{% if tools %}{{ tools | tojson }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(source)
+    return folder
 
 
 def together(works: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -72,6 +106,7 @@ class Stage:
         self._houses: dict[str, House] = {}
         self._count = 0
         self.old_logs: list[str] = []
+        self.crashes = 0
 
     def place(self) -> Path:
         """An empty folder."""
@@ -85,25 +120,50 @@ class Stage:
         return self._shared("plain")
 
     def keyed(self) -> House:
-        """The same with two keys."""
+        """One with two keys, calls of functions as in Python, and a chat template that does what it is told to."""
         return self._shared("keyed")
+
+    def begin(self) -> None:
+        """Have both started, as somebody will want them."""
+        for name in ("plain", "keyed"):
+            self._houses[name] = self._started(name)
+
+    def retired(self) -> House:
+        """The one without keys, which is shared no more."""
+        house = self._shared("plain")
+        del self._houses["plain"]
+        return house
 
     def _shared(self, name: str) -> House:
         house = self._houses.get(name)
-        if house is None or house.process.poll() is not None:
-            place = self.place()
-            options: tuple[str, ...] = ()
-            if name == "keyed":
-                (place / "keys").write_text(f"{KEY}\n{OTHER}\n")
-                options = ("--keys-file", str(place / "keys"))
-            self._houses[name] = house = House(place, self.model, *options, environ={"PYTHONASYNCIODEBUG": ""})
-            house.key = KEY if name == "keyed" else ""
+        if house is not None and house.process.poll() is not None:
+            self.crashes += 1
+            self.old_logs.append(house.lines)
+            house = None
+        self._houses[name] = house = house or self._started(name)
+        if not house.port:
+            house.await_ready()
+        return house
+
+    def _started(self, name: str) -> House:
+        place = self.place()
+        if name == "plain":
+            return House(place, self.model, environ={"PYTHONASYNCIODEBUG": ""}, wait=False)
+        (place / "keys").write_text(f"{KEY}\n{OTHER}\n")
+        options = ("--keys-file", str(place / "keys"), "--http.tool-parser", "pythonic")
+        house = House(place, hostile(place, self.model), *options, environ={"PYTHONASYNCIODEBUG": ""}, wait=False)
+        house.key = KEY
         return house
 
     @contextlib.contextmanager
     def own(self, *options: str, model: Path | None = None, **more: Any) -> Iterator[House]:
         """A server for one case alone; it is ended with it, and must leave nothing."""
-        house = House(self.place(), model or self.model, *options, **more)
+        with self.ending(House(self.place(), model or self.model, *options, **more)) as house:
+            yield house
+
+    @contextlib.contextmanager
+    def ending(self, house: House) -> Iterator[House]:
+        """A server that is ended with this, and must leave nothing."""
         try:
             yield house
             if house.process.poll() is None:
@@ -112,6 +172,7 @@ class Stage:
             left = list(house.temporary.rglob("*"))
             must(not left, f"files are left: {left}")
         finally:
+            self.crashes += house.process.poll() not in (None, 0)
             house.end()
             self.old_logs.append(house.lines)
             shutil.rmtree(house.temporary, ignore_errors=True)
@@ -125,6 +186,7 @@ class Stage:
                     code = house.stop()
                     must(code == 0, f"exit code {code}: {house.lines[-1500:]}")
                 except Exception as error:  # noqa: BLE001 - all of them are to be ended
+                    self.crashes += house.process.poll() not in (None, 0)
                     wrong.append(f"{name}: {error}")
             house.end()
             self.old_logs.append(house.lines)
@@ -151,7 +213,9 @@ class Stage:
             for _ in range(8):  # allocators, threads and caches take what they want
                 must(house.tokens() == want, "greedy tokens differ from one run to the next")
             together([lambda: house.complete(prompt=["a"] * 8) for _ in range(8)])
-            together([lambda: house.complete(prompt=[7] * 1_300_000) for _ in range(2)])  # as large as a body may be
+            together([lambda: house.complete(prompt=[7] * 700_000) for _ in range(2)])  # as large as a body may be
+            for path, more in HELPED:
+                must(house.ask("POST", path, more).status == 200, f"{path} {more}")
             house.bystander = want
             settle(house)
         must(want == house.bystander, "greedy tokens are not those of the beginning")
@@ -168,13 +232,16 @@ class Stage:
             told = pinger.communicate()[0].split()
         if house.process.poll() is not None:
             return
-        settle(house)
-        _bystanders(answers, [] if watcher is None else watcher.errors, want, seen, disturbed=disturbed)
-        must(house.tokens() == want, "greedy tokens differ after the fault")
-        settle(house)
-        if not disturbed:
-            _same(before, lambda: census(house), seen)
-        _stalls(house, mark, [float(word) for word in told], seen)
+        try:
+            settle(house)
+            _bystanders(answers, [] if watcher is None else watcher.errors, want, seen, disturbed=disturbed)
+            must(house.tokens() == want, "greedy tokens differ after the fault")
+            settle(house)
+            if not disturbed:
+                _same(before, lambda: census(house), seen)
+            _stalls(house, mark, [float(word) for word in told], seen)
+        except Failed as error:
+            raise Lost(*error.args).with_traceback(error.__traceback__) from None
 
 
 def settle(house: House, seconds: float = 15.0) -> None:
@@ -208,7 +275,7 @@ def _same(before: Any, now: Callable[[], Any], seen: Seen) -> None:
     def same() -> bool:
         after = now()
         problems.clear()
-        if set(after.files) != set(before.files):
+        if len(after.files) > len(before.files):
             problems.append(f"processes {sorted(before.files)} -> {sorted(after.files)}")
         for pid in set(after.files) & set(before.files):
             if after.files[pid] > before.files[pid] + 1:

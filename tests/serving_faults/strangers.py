@@ -215,6 +215,10 @@ def _grown(data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
+def _template(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle": (_pickle, "pickle"),
     "auto_map": (_auto_map, "auto_map"),
@@ -225,7 +229,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a header that is cut": (_header(lambda data: data[:50]), "safetensors"),
     "a header that lies about a shape": (_header(_grown), "safetensors"),
     "a header that is no JSON": (_header(lambda data: data[:8] + b"x" * (len(data) - 8)), "safetensors"),
-    "a template that cannot be": (lambda f: (f / "config.json").write_text("[" * 100_000) and None, "config.json"),
+    "a template that cannot be": (_template, "config.json"),
 }
 
 

@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CASES", "Case", "Failed", "NotRun", "Outcome", "Seen", "case", "must"]
+__all__ = ["CASES", "Case", "Failed", "Lost", "NotRun", "Outcome", "Seen", "case", "must"]
 
 
 class Failed(Exception):
     """A fault was not survived."""
+
+
+class Lost(Failed):
+    """The fault was survived, and something was lost by it."""
 
 
 class NotRun(Exception):
@@ -79,6 +83,7 @@ class Outcome:
     seen: Seen
     verdict: str
     problem: str = ""
+    lost: bool = False
 
     def row(self) -> str:
         """One line."""
@@ -87,7 +92,7 @@ class Outcome:
 
 
 CASES: list[Case] = []
-_LAST = ("S34", "S36", "S39")
+_LAST = ("S22", "S34", "S36", "S39")
 """They look at what the others have left behind."""
 
 

@@ -66,9 +66,10 @@ def error_of(answer: Answer, status: int | tuple[int, ...]) -> dict[str, Any]:
         value = json.loads(answer.body)
     except ValueError:
         value = None
-    shaped = isinstance(value, dict) and set(value) == {"error"}
-    must(shaped and set(value["error"]) == {"message", "type", "param", "code"}, f"no error: {answer.body[:300]!r}")
-    return value["error"]
+    error = value.get("error") if isinstance(value, dict) and len(value) == 1 else None
+    shaped = isinstance(error, dict) and set(error) == {"message", "type", "param", "code"}
+    must(shaped, f"no error: {answer.body[:300]!r}")
+    return error or {}
 
 
 class Client:

@@ -2,11 +2,13 @@
 
 Python imports this by itself where its folder is in PYTHONPATH. The folder named by SERVE_FAULTS holds ``fault``
 (``kind@rank,step,point``: what happens in the how-manieth step from now on, once) and ``slow`` (seconds that every step
-takes longer); ``stalls`` is written.
+takes longer), ``poison`` (a token that cannot be made text) and ``says`` (the text of each); ``stalls`` is
+written.
 """
 
 import os
 import sys
+from typing import Any
 
 FOLDER = os.environ.get("SERVE_FAULTS", "")
 
@@ -46,10 +48,10 @@ def _slow() -> None:
     time.sleep(seconds)
 
 
-def _patch_runner(module: object) -> None:
+def _patch_runner(module: Any) -> None:
     real = module.Runner.execute
 
-    def execute(self: object, prepared: object) -> object:
+    def execute(self: Any, prepared: Any) -> Any:
         _slow()
         _fault("forward")
         return real(self, prepared)
@@ -57,10 +59,10 @@ def _patch_runner(module: object) -> None:
     module.Runner.execute = execute
 
 
-def _patch_text(module: object) -> None:
+def _patch_text(module: Any) -> None:
     real = module.TextStream.push
 
-    def push(self: object, tokens: object) -> str:
+    def push(self: Any, tokens: Any) -> str:
         tokens = list(tokens)
         try:
             with open(os.path.join(FOLDER, "poison")) as file:
@@ -69,7 +71,12 @@ def _patch_text(module: object) -> None:
             poison = -1
         if poison in tokens:
             raise RuntimeError("canary of the inside /a/secret/path at 0x7fdeadbeef00")
-        return real(self, tokens)
+        text = real(self, tokens)
+        try:
+            with open(os.path.join(FOLDER, "says"), encoding="utf-8", newline="") as file:
+                return file.read()
+        except OSError:
+            return text
 
     module.TextStream.push = push
 
@@ -79,7 +86,7 @@ class _Finder:
 
     patches = {"infer.runner": _patch_runner, "infer.text": _patch_text}
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         patch = self.patches.get(name)
         if patch is None:
             return None
@@ -90,7 +97,7 @@ class _Finder:
             return spec
         run = spec.loader.exec_module
 
-        def exec_module(module: object) -> None:
+        def exec_module(module: Any) -> None:
             run(module)
             patch(module)
 
@@ -114,8 +121,8 @@ def _watch_loops() -> None:
                     file.write(f"{os.getpid()} {now - wall - 0.01:.4f} {used - cpu:.4f}\n")
             wall, cpu = time.monotonic(), time.thread_time()
 
-    def run(main: object, **options: object) -> object:
-        async def both() -> object:
+    def run(main: Any, **options: Any) -> Any:
+        async def both() -> Any:
             watching = asyncio.create_task(watch())
             try:
                 return await main
@@ -128,5 +135,5 @@ def _watch_loops() -> None:
 
 
 if FOLDER and "launch" in " ".join(sys.orig_argv):
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder())  # pyright: ignore[reportArgumentType]
     _watch_loops()
