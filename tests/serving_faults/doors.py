@@ -198,6 +198,7 @@ def admin(stage: Stage, seen: Seen) -> None:
 def _own_address(stage: Stage) -> None:
     """The port for those who run the server: a key of its own, and nothing of clients in its metrics."""
     key, place = "sk-admin-key-0123456789", stage.place()
+    (place / "admin").touch(0o600)
     (place / "admin").write_text(key)
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
