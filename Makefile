@@ -8,11 +8,12 @@ class Reader:
     def __init__(self, path):
 endef
 
-.PHONY: help env demo test lint types tests format bench clean
+.PHONY: help env demo test lint types tests long format bench clean
 
 help:
 	@echo "make demo   train a small model on 4 local ranks, export it, check it, let it write, serve it"
 	@echo "make test   lint, types and tests"
+	@echo "make long   the tests that take their time, and both fault suites"
 	@echo "make bench  every benchmark, with the ratios it prints"
 	@echo "make env    only the environment, into .venv"
 
@@ -45,6 +46,11 @@ types: env
 
 tests: env
 	$(BIN)/python -m pytest
+
+long: env
+	$(BIN)/python -m pytest -m long
+	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/serve_faults.py
 
 format: env
 	$(BIN)/ruff format .

@@ -14,6 +14,33 @@ for folder in (Path(__file__).parent, Path(__file__).parent.parent):
 
 from ranks import Ranks
 
+LONG = (
+    "test_bench_serve.py::test_a_server_is_started_for_a_folder_and_stopped",
+    "test_llm.py::test_the_tokens_do_not_depend_on_the_layout[gpt2-2]",
+    "test_llm.py::test_the_tokens_do_not_depend_on_the_layout[qwen2-2]",
+    "test_llm.py::test_the_tokens_do_not_depend_on_the_layout[qwen2-4]",
+    "test_pipeline.py::test_checkpoints_are_read_at_any_layout[zb-v-gpt2--1f1b-layout2]",
+    "test_pipeline.py::test_checkpoints_are_read_at_any_layout[interleaved-qwen3--head layers.3-dualpipe-layout3]",
+    "test_pipeline.py::test_training_beside_data_parallelism[qwen3]",
+    "test_pipeline_faults.py::test_a_rank_that_is_stopped_ends_the_run[1]",
+    "test_programs.py::test_the_losses_do_not_depend_on_the_layout[flags0-module0]",
+    "test_programs.py::test_the_losses_do_not_depend_on_the_layout[flags2-module2]",
+    "test_serve.py::test_texts_are_those_of_the_library_at_every_layout[tp]",
+    "test_serve_ranks.py::test_an_engine_rank_that_dies_or_stops_is_replaced_everywhere[9]",
+    "test_serve_ranks.py::test_engines_on_two_machines",
+    "test_zero_optimizers.py::test_whole_matrices_in_cpu_memory",
+    "test_zero_peers.py::test_twenty_steps_end_where_the_peers_end[4]",
+)
+"""Variants of what others in the suite show at a smaller size or another layout."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave them to ``make long``."""
+    for item in items:
+        if item.nodeid.endswith(LONG):
+            item.add_marker(pytest.mark.long)
+
 
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
