@@ -93,14 +93,8 @@ def build_engine(
     refuse(ConfigError, config.problems())
     model_config = read_config(folder).resolved()
     cut = stage_of(model_config, mesh)
-    cache = KVCache(
-        model_config,
-        mesh,
-        dtype=dtype,
-        page_size=config.scheduler.page_size,
-        config=config.cache,
-        layers=list(cut.layers),
-    )
+    page_size, layers = config.scheduler.page_size, list(cut.layers)
+    cache = KVCache(model_config, mesh, dtype=dtype, page_size=page_size, config=config.cache, layers=layers)
     recording = records_graphs(config, cache, mesh)
     build = Build(mesh=mesh, dtype=dtype, attention=cache.core, linear=_packed, cuts=(cut,))
     model = load_model(folder, build).eval()
