@@ -6,6 +6,7 @@ and JSON. The first tells it the process it belongs to and how much memory it ma
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -17,10 +18,15 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 __all__ = ["Apart", "Died"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _START_S = 30.0
 _FRAME = struct.Struct("<I")
@@ -46,7 +52,7 @@ class Died(Exception):
 class Apart:
     """A process that is started when it is needed, and again after it has died; it ends with this object.
 
-    It dies with the thread that starts it: ask from one that stays, and from one at a time.
+    It dies with the thread that starts it, and answers one at a time: coroutines :meth:`ask` within a :meth:`turn`.
 
     Args:
         program: a file of Python that imports nothing of ours, so that it starts at once.
@@ -61,6 +67,7 @@ class Apart:
         self.starts = 0
         self._program, self._about, self._memory = program, about, memory
         self._children: list[subprocess.Popen[bytes]] = []
+        self._pool: ThreadPoolExecutor | None = None
         self._finalize = weakref.finalize(self, _end, self._children)
 
     @property
@@ -71,6 +78,14 @@ class Apart:
     def close(self) -> None:
         """End it."""
         self._finalize()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    async def turn(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """Have ``work`` done off the event loop, by the one thread that asks."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, self._program.stem)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments, **options))
 
     def ask(self, value: Any, seconds: float) -> dict[str, Any]:
         """What it answers; it is killed if that takes more than ``seconds``, which do not count its start.

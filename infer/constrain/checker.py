@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,6 @@ class Checker:
         self.waiting = self.kept = 0
         self._tokenizer = tokenizer
         self._known: OrderedDict[bytes, str] = OrderedDict()
-        self._pool: ThreadPoolExecutor | None = None
         self._apart = Apart(_PROGRAM, partial(_about, tokenizer, vocabulary), memory=memory)
 
     @property
@@ -65,8 +62,6 @@ class Checker:
     def close(self) -> None:
         """End the process."""
         self._apart.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
 
     async def problem(self, constraint: Constraint) -> str:
         """Why a form cannot be kept; nothing if it can. One form is tried at a time, off the event loop."""
@@ -77,11 +72,9 @@ class Checker:
             return found
         if self._tokenizer is None:
             return "there is no tokenizer, so there is no text"
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "forms")
         self.waiting += 1
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._pool, self._try, constraint)
+            found = await self._apart.turn(self._try, constraint)
         finally:
             self.waiting -= 1
         self._remember(key, found)

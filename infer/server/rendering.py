@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ class Renderer:
     def __init__(self, template: ChatTemplate, *, memory: int = 512 << 20) -> None:
         self.template = template
         self._apart = Apart(_PROGRAM, lambda: {"sources": template.sources, "special": template.special}, memory=memory)
-        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def starts(self) -> int:
@@ -58,10 +55,8 @@ class Renderer:
             ApiError: 503, those before it took too long.
         """
         name, variables = self.template.asked(messages, tools=tools, answer=answer, **more)
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "chats")
         asked, late = {"name": name, "variables": variables}, time.monotonic() + _PATIENCE_S
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._rendered, asked, late)
+        return await self._apart.turn(self._rendered, asked, late)
 
     def _rendered(self, asked: Mapping[str, Any], late: float) -> str:
         if time.monotonic() > late:
