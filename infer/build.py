@@ -16,6 +16,7 @@ from infer.embedder import Embedder
 from infer.engine import Engine
 from infer.graphs import Graphs
 from infer.limits import Limits
+from infer.lowered import Lowered
 from infer.policy import PageGroup, SchedulerConfig
 from infer.runner import Runner
 from infer.sampling import Sampler
@@ -36,6 +37,9 @@ from parallel.tp.method import Packed
 
 __all__ = ["EngineConfig", "build_engine", "load_text", "records_graphs", "stage_of"]
 
+_LOWERED = 256
+"""Tokens of a step up to which it is lowered, at least; in longer ones little but the products counts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -48,7 +52,7 @@ class EngineConfig:
         "auto", "plan the next step while one is computed; auto: on a GPU, as a CPU has no time to spare"
     )
     graphs: Literal["auto", "on", "off"] = option(
-        "auto", "record decoding steps as CUDA graphs; auto: on a GPU that no other shares the model with"
+        "auto", "decoding steps as CUDA graphs, or on a CPU as one call of C; auto: where that can be"
     )
     microbatches: int = option(0, "of a step in a pipeline (0: as many as stages)")
     disk: str = option("", "folder for cached pages; scheduler.disk_pages says how many")
@@ -104,10 +108,9 @@ def build_engine(
     pages = [_least(count, mesh) for count in sizing.pages]
     host_pages = [_least(count, mesh) for count in sizing.host_pages]
     cache.allocate(pages, host_pages)
-    graphs = None
     if recording:
         pages = [count - 1 for count in pages]  # the last is nobody's
-        graphs = _graphs(model, config, limits, pages, mesh)
+    graphs = _graphs(model, config, limits, pages, mesh) if recording else _lowered(model, config)
     groups = [
         PageGroup(group.window, count, host, cost=_cost(cache.bytes_per_page(index), model))
         for index, (group, count, host) in enumerate(zip(cache.groups, pages, host_pages, strict=True))
@@ -136,13 +139,24 @@ def _graphs(model: Decoder, config: EngineConfig, limits: Limits, scratch: list[
     )
 
 
+def _lowered(model: Decoder, config: EngineConfig) -> Lowered | None:
+    try:
+        return None if config.graphs == "off" else Lowered(model, max(_LOWERED, config.scheduler.requests))
+    except ConfigError as error:
+        if config.graphs == "on":
+            raise ConfigError([f"graphs = on: {problem}" for problem in error.problems]) from None
+        return None
+
+
 def records_graphs(config: EngineConfig, cache: KVCache, mesh: Mesh) -> bool:
-    """Whether decoding steps are recorded.
+    """Whether decoding steps are recorded, on a GPU.
 
     Raises:
         ConfigError: they are to be, and cannot.
     """
     reason = None
+    if mesh.device.type == "cpu":
+        return False
     if cache.backend != "triton":
         reason = f"attention {cache.backend!r} asks the host in every step"
     elif mesh.tp.size * mesh.pp.size > 1:

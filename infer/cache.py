@@ -77,14 +77,14 @@ class PagedCore:
 
     def __init__(self, backend: Backend, group: int, window: int | None, plain: AttentionCore) -> None:
         self.pages: Pages | None = None
-        self._backend, self._group, self._window, self._plain = backend, group, window, plain
+        self.backend, self.group, self.window, self._plain = backend, group, window, plain
 
     def __call__(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, batch: Batch, training: bool) -> Tensor:
         """As :class:`~parallel.models.build.AttentionCore` says."""
         if not isinstance(batch, StepBatch):
             return self._plain(q_TNH, k_TKH, v_TKH, batch, training)
         assert self.pages is not None, "allocate the cache first"
-        return self._backend(q_TNH, k_TKH, v_TKH, self.pages, batch, self._group, self._window)
+        return self.backend(q_TNH, k_TKH, v_TKH, self.pages, batch, self.group, self.window)
 
 
 class KVCache:

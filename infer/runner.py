@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from infer.batch import StepBatch
 from infer.cache import KVCache
-from infer.graphs import Graphs
 from infer.sampling import Resolved, Row, Sampled, Sampler, TokenLogProb, prompt_logprobs
 from infer.step import Step, parts, slots
 from parallel import comm
@@ -86,7 +85,7 @@ class Runner:
         sampler: of the whole vocabulary.
         microbatches: of a step, where there is a pipeline; 0: as many as stages.
         timeout_s: longest wait for another stage.
-        graphs: recordings of decoding steps.
+        graphs: computes decoding steps faster than the model, or gives None: this one it does not.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Runner:
         *,
         microbatches: int = 0,
         timeout_s: float = 600.0,
-        graphs: Graphs | None = None,
+        graphs: Callable[[StepBatch], Tensor | None] | None = None,
     ) -> None:
         self.model, self.mesh, self.cache, self.sampler, self.graphs = model, mesh, cache, sampler, graphs
         self.most = (microbatches or mesh.pp.size) if mesh.pp.size > 1 else 1

@@ -13,7 +13,7 @@ from infer.attention import Pages
 from infer.batch import StepBatch
 from parallel.native import COMPILERS, CompileError, compiled
 
-__all__ = ["CpuAttention"]
+__all__ = ["CpuAttention", "Job"]
 
 _SOURCE = Path(__file__).with_name("paged.c")
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
@@ -31,14 +31,51 @@ _NUMBERS = (
 )
 
 
-class _Job(ctypes.Structure):
-    """``Job`` of paged.c."""
+class Job(ctypes.Structure):
+    """``Job`` of paged.c: attention of one layer in one step."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_double),
     ]
+
+    @staticmethod
+    def of(pages: Pages) -> Job:
+        """With what does not change as long as the pages are there."""
+        keys, values = pages.k_PKSH, pages.v_PKSH
+        job = Job(keys=keys.data_ptr(), values=values.data_ptr(), stored=_TYPES[keys.dtype])
+        job.pages, job.kv_heads, job.page_size, job.size = keys.shape
+        job.page, job.page_head = (keys.stride(dim) * keys.element_size() for dim in (0, 1))
+        if pages.k_scale_PKS is not None and pages.v_scale_PKS is not None:
+            job.key_scales, job.value_scales = pages.k_scale_PKS.data_ptr(), pages.v_scale_PKS.data_ptr()
+            job.scale_page, job.scale_head = (4 * pages.k_scale_PKS.stride(dim) for dim in (0, 1))
+        job.scale = job.size**-0.5 * 1.4426950408889634  # the kernel raises 2, not e
+        return job
+
+    def give(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, window: int | None) -> None:
+        """What is computed from, and to where; the last dims are dense."""
+        self.window = window or 0
+        width, self.heads, self.type = q_TNH.element_size(), q_TNH.shape[1], _TYPES[q_TNH.dtype]
+        self.q, self.k, self.v, self.out = (x.data_ptr() for x in (q_TNH, k_TKH, v_TKH, out_TNH))
+        (self.q_token, self.q_head), (self.k_token, self.k_head), (self.v_token, self.v_head) = (
+            (width * token, width * head) for token, head, _ in (x.stride() for x in (q_TNH, k_TKH, v_TKH))
+        )
+
+    def aim(self, step: StepBatch, group: int) -> None:
+        """At the requests of a step."""
+        table = step.table[group]
+        self.table, self.context = table.data_ptr(), step.context_R.data_ptr()
+        self.starts, self.slots = step.starts_R.data_ptr(), step.slots_T[group].data_ptr()
+        self.table_row, self.requests, self.tokens = table.stride(0), table.shape[0], len(step)
+        self.threads = torch.get_num_threads()
+
+    def verify(self, status: int, group: int) -> None:
+        """Look at what the kernel returned."""
+        if status == 1:
+            raise IndexError(f"a page table or a slot of page group {group} names a page outside 0 to {self.pages - 1}")
+        if status:
+            raise MemoryError("attention: no memory for its workspace")
 
 
 class CpuAttention:
@@ -55,7 +92,7 @@ class CpuAttention:
     def __init__(self, folder: Path | None = None, compilers: tuple[str, ...] = COMPILERS) -> None:
         self._folder, self._compilers = folder, compilers
         self._entries: dict[bool, ctypes._NamedFuncPointer] = {}
-        self._jobs: WeakKeyDictionary[Pages, _Job] = WeakKeyDictionary()
+        self._jobs: WeakKeyDictionary[Pages, Job] = WeakKeyDictionary()
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot serve; compiles where that was never done."""
@@ -64,33 +101,19 @@ class CpuAttention:
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             return f"it does not compute in {dtype}"
         try:
-            self._entry(dtype)
+            self.entry(dtype)
         except CompileError as error:
             return str(error)
         return None
 
-    def _entry(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    def entry(self, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+        """The kernel for queries of this precision, which takes a :class:`Job`."""
         wide = dtype == torch.float64
         if wide not in self._entries:
             attempts = tuple((*flags, _WIDE) if wide else flags for flags in _FLAGS)
             library = compiled(_SOURCE, attempts, folder=self._folder, compilers=self._compilers)
             self._entries[wide] = library.paged_attention
         return self._entries[wide]
-
-    def _job(self, pages: Pages) -> _Job:
-        """With what does not change as long as the pages are there."""
-        job = self._jobs.get(pages)
-        if job is not None:
-            return job
-        keys, values = pages.k_PKSH, pages.v_PKSH
-        job = self._jobs[pages] = _Job(keys=keys.data_ptr(), values=values.data_ptr(), stored=_TYPES[keys.dtype])
-        job.pages, job.kv_heads, job.page_size, job.size = keys.shape
-        job.page, job.page_head = (keys.stride(dim) * keys.element_size() for dim in (0, 1))
-        if pages.k_scale_PKS is not None and pages.v_scale_PKS is not None:
-            job.key_scales, job.value_scales = pages.k_scale_PKS.data_ptr(), pages.v_scale_PKS.data_ptr()
-            job.scale_page, job.scale_head = (4 * pages.k_scale_PKS.stride(dim) for dim in (0, 1))
-        job.scale = job.size**-0.5 * 1.4426950408889634  # the kernel raises 2, not e
-        return job
 
     def __call__(
         self,
@@ -104,20 +127,11 @@ class CpuAttention:
     ) -> Tensor:
         """As :class:`~infer.attention.Backend` says."""
         out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+        job = self._jobs.get(pages)
+        if job is None:
+            job = self._jobs[pages] = Job.of(pages)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
-        width, table, job = q.element_size(), step.table[group], self._job(pages)
-        job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        job.table, job.context = table.data_ptr(), step.context_R.data_ptr()
-        job.starts, job.slots = step.starts_R.data_ptr(), step.slots_T[group].data_ptr()
-        (job.q_token, job.q_head), (job.k_token, job.k_head), (job.v_token, job.v_head) = (
-            (width * token, width * head) for token, head, _ in (q.stride(), k.stride(), v.stride())
-        )
-        job.table_row, job.requests = table.stride(0), table.shape[0]
-        job.tokens, job.heads, job.window = q.shape[0], q.shape[1], window or 0
-        job.type, job.threads = _TYPES[q.dtype], torch.get_num_threads()
-        status = self._entry(q.dtype)(ctypes.byref(job))
-        if status == 1:
-            raise IndexError(f"a page table or a slot of page group {group} names a page outside 0 to {job.pages - 1}")
-        if status:
-            raise MemoryError("attention: no memory for its workspace")
+        job.give(q, k, v, out, window)
+        job.aim(step, group)
+        job.verify(self.entry(q_TNH.dtype)(ctypes.byref(job)), group)
         return out

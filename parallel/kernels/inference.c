@@ -1,13 +1,17 @@
-/* What a model computes besides attention where no gradient is recorded: products, RMSNorm, rotation, SwiGLU.
+/* What a model computes besides attention where no gradient is recorded: embedding, products, RMSNorm, rotation, SwiGLU;
+ * one after the other by one call, so that threads need not be gathered for each.
  *
- * A row's bits depend neither on the other rows nor on the number of threads: threads share out rows and columns, never
- * a sum, and every sum runs in the same order. Values are float or bfloat16 (`half`), computed in float; what is rounded
+ * A row's bits depend neither on the other rows nor on the number of threads: threads take rows and columns from a
+ * common heap, never a part of a sum, and every sum runs in the same order. Values are float or bfloat16 (`half`), computed in float; what is rounded
  * to bfloat16, and when, is as in the torch forms beside this file, so this is compiled with -ffp-contract=off. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -66,12 +70,17 @@ INLINE void store(void *to, int64_t i, int64_t n, int half, vec v) {
     if (n - i < LANES) memcpy(at, some, (size_t)(n - i) * (half ? 2 : 4));
 }
 
-/* Do `call` for all rows r, with threads where that pays; the compiler makes a version for each precision. */
-#define ROWS(work, least, call)                                                      \
-    if (half) { enum { HALF = 1 }; SHARE(work, least) for (int64_t r = 0; r < rows; r++) call; } \
-    else { enum { HALF = 0 }; SHARE(work, least) for (int64_t r = 0; r < rows; r++) call; }
-#define PRAGMA(text) _Pragma(#text)
-#define SHARE(work, least) PRAGMA(omp parallel for schedule(static) num_threads((int)threads) if ((work) > (least)))
+/* One thing to be done with every row; mirrored by inference.py. What the fields are for is beside each kind's function. */
+typedef struct {
+    int64_t kind;
+    const char *x, *weight, *more;
+    char *out;
+    int64_t width, n, count;
+    double eps;
+    int (*call)(const char *);
+    int64_t next; /* unit that nobody has taken yet */
+} Op;
+enum { NORM, ROTATE, SWIGLU, PRODUCT, GATED, EMBED, CALL };
 
 INLINE void norm_row(const char *x, const char *weight, char *out, int64_t n, float eps, int half) {
     vec sums = {0};
@@ -86,12 +95,6 @@ INLINE void norm_row(const char *x, const char *weight, char *out, int64_t n, fl
         store(out, i, n, half, settle(load(x, i, n, half) * scale, half) * load(weight, i, n, half));
 }
 
-void inference_norm(const char *x, const char *weight, char *out, int64_t rows, int64_t n, float eps, int64_t half,
-                    int64_t threads) {
-    int64_t step = n * (half ? 2 : 4);
-    ROWS(rows * n, 32768, norm_row(x + r * step, weight, out + r * step, n, eps, HALF))
-}
-
 /* The halves of each of a row's first heads against each other; n is the size of half a head. */
 INLINE void rotate_row(char *x, const float *cosine, const float *sine, int64_t heads, int64_t n, int half) {
     for (int64_t h = 0; h < heads; h++) {
@@ -103,12 +106,6 @@ INLINE void rotate_row(char *x, const float *cosine, const float *sine, int64_t 
             store(second, i, n, half, fused(a, s, settle(b * c, half)));
         }
     }
-}
-
-void inference_rotate(char *x, const float *cosine, const float *sine, int64_t rows, int64_t width, int64_t heads,
-                      int64_t n, int64_t half, int64_t threads) {
-    int64_t step = width * (half ? 2 : 4);
-    ROWS(rows * heads * n, 16384, rotate_row(x + r * step, cosine + r * n, sine + r * n, heads, n, HALF))
 }
 
 /* x / (1 + e^-x), by e^-|x|: a power of two times the series of e^f, |f| <= ln(2) / 2. NaN stays NaN. */
@@ -131,11 +128,6 @@ INLINE void swiglu_row(const char *gate, char *out, int64_t n, int half) {
         vec a = settle(silu(load(gate, i, n, half)), half);
         store(out, i, n, half, a * load(gate + n * (half ? 2 : 4), i, n, half));
     }
-}
-
-void inference_swiglu(const char *x, char *out, int64_t rows, int64_t n, int64_t half, int64_t threads) {
-    int64_t step = n * (half ? 2 : 4);
-    ROWS(rows * n, 8192, swiglu_row(x + 2 * r * step, out + r * step, n, HALF))
 }
 
 /* Columns of a panel of weights; 0 where such products are left to others. In bfloat16 that is where the processor has
@@ -208,14 +200,16 @@ static void add_pairs(const char *x, int64_t row, const char *w, int64_t n, floa
 }
 
 /* Some rows times one panel. While the tiles of rows go over some steps, which then lie in the second cache, the next
- * steps of weights are fetched to there; one tile alone the processor keeps fed by itself. */
-static void multiply(const char *x, int64_t row, const char *w, int64_t rows, int64_t steps, float *sums, int half) {
+ * steps of weights are fetched to there, and in the end those of the panel `after`; one tile alone the processor keeps
+ * fed by itself. */
+static void multiply(const char *x, int64_t row, const char *w, int64_t rows, int64_t steps, float *sums, int half,
+                     const char *after) {
     int64_t tiles = (rows + TILE - 1) / TILE, total = PANEL * 4 / LINE;
     int64_t lines = tiles == 1 ? 0 : (total + tiles - 1) / tiles;
     memset(sums, 0, (size_t)(rows * PANEL) * sizeof(float));
     for (int64_t k = 0, n; k < steps; k += n) {
         n = steps - k < STEPS ? steps - k : STEPS;
-        const char *here = w + k * PANEL * 4, *next = here + n * PANEL * 4;
+        const char *here = w + k * PANEL * 4, *next = k + n < steps ? here + n * PANEL * 4 : after;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first, asked = t * lines;
             (half ? add_pairs : add_floats)(x + first * row + k * 4, row, here, n, sums + first * PANEL,
@@ -224,24 +218,119 @@ static void multiply(const char *x, int64_t row, const char *w, int64_t rows, in
     }
 }
 
-/* (rows, 4-byte steps) times panels of weights, plus a bias that may be null, to (rows, columns). */
-void inference_product(const char *x, const char *panels, const char *bias, char *out, int64_t rows, int64_t steps,
-                       int64_t columns, int64_t half, int64_t threads) {
-    int64_t count = (columns + PANEL - 1) / PANEL, blocks = (rows + BLOCK - 1) / BLOCK, size = half ? 2 : 4;
-#pragma omp parallel for schedule(static) num_threads((int)threads)
-    for (int64_t unit = 0; unit < count * blocks; unit++) {
-        int64_t p = unit % count, block = unit / count, first = rows * block / blocks;
-        int64_t some = rows * (block + 1) / blocks - first, begin = p * PANEL;
-        int64_t n = columns - begin < PANEL ? columns - begin : PANEL;
-        float sums[BLOCK * PANEL] __attribute__((aligned(WIDTH)));
-        multiply(x + first * steps * 4, steps * 4, panels + p * steps * PANEL * 4, some, steps, sums, (int)half);
-        for (int64_t r = 0; r < some; r++)
-            for (int64_t i = 0; i < n; i += LANES) {
-                vec v = AT(sums + r * PANEL + i);
-                if (bias) v += half ? load(bias + begin * size, i, n, 1) : load(bias + begin * size, i, n, 0);
-                char *to = out + ((first + r) * columns + begin) * size;
-                if (half) store(to, i, n, 1, v);
-                else store(to, i, n, 0, v);
-            }
+/* Panels of a product that are units; where gate and up stand one after the other, a unit has one of each. */
+static int64_t panels_of(const Op *op) { return (op->width + PANEL - 1) / PANEL; }
+static int64_t blocks_of(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
+static const char *panel_of(const Op *op, int64_t unit) {
+    return op->weight + unit % panels_of(op) * op->n * PANEL * 4;
+}
+
+/* A unit of a product: x (rows, n 4-byte steps) times one panel of `weight`, plus a bias that may be null. With `count`
+ * it is added to `out` (rows, width); otherwise `out` becomes it. GATED: two products, `out` becomes silu(one) x other. */
+INLINE void product_unit(const Op *op, int64_t rows, int64_t unit, int half, const char *after) {
+    int64_t panels = panels_of(op), blocks = blocks_of(rows), size = half ? 2 : 4, bytes = op->n * 4;
+    int64_t block = unit / panels, first = rows * block / blocks, begin = unit % panels * PANEL;
+    int64_t some = rows * (block + 1) / blocks - first, n = op->width - begin < PANEL ? op->width - begin : PANEL;
+    const char *x = op->x + first * bytes, *w = panel_of(op, unit), *up = w + panels * PANEL * bytes;
+    float sums[BLOCK * PANEL] __attribute__((aligned(WIDTH))), more[BLOCK * PANEL] __attribute__((aligned(WIDTH)));
+    multiply(x, bytes, w, some, op->n, sums, half, op->kind == GATED ? up : after);
+    if (op->kind == GATED) multiply(x, bytes, up, some, op->n, more, half, after);
+    for (int64_t r = 0; r < some; r++)
+        for (int64_t i = 0; i < n; i += LANES) {
+            vec v = AT(sums + r * PANEL + i);
+            char *to = op->out + ((first + r) * op->width + begin) * size;
+            if (op->kind == GATED) v = settle(silu(settle(v, half)), half) * settle(AT(more + r * PANEL + i), half);
+            if (op->more) v += load(op->more + begin * size, i, n, half);
+            if (op->count) v = settle(v, half) + load(to, i, n, half);
+            store(to, i, n, half, v);
+        }
+}
+
+static void product_floats(const Op *op, int64_t rows, int64_t unit, const char *after) {
+    product_unit(op, rows, unit, 0, after);
+}
+
+static void product_pairs(const Op *op, int64_t rows, int64_t unit, const char *after) {
+    product_unit(op, rows, unit, 1, after);
+}
+
+/* Row `row` of a table (count, n), `x` being the rows' numbers as int64; one that there is not is never read. */
+static void embed_row(const Op *op, int64_t row, int half) {
+    int64_t at, bytes = op->n * (half ? 2 : 4);
+    memcpy(&at, op->x + row * 8, 8);
+    if (at >= 0 && at < op->count) memcpy(op->out + row * bytes, op->weight + at * bytes, (size_t)bytes);
+}
+
+INLINE void do_row(const Op *op, int64_t row, int half) {
+    int64_t size = half ? 2 : 4, step = op->width * size;
+    switch (op->kind) {
+    case NORM: /* of `count` parts of a row, each by itself */
+        for (int64_t at = row * step, i = 0; i < op->count; i++, at += op->n * size)
+            norm_row(op->x + at, op->weight, op->out + at, op->n, (float)op->eps, half);
+        break;
+    case ROTATE: rotate_row(op->out + row * step, (const float *)op->x + row * op->n,
+                            (const float *)op->more + row * op->n, op->count, op->n, half); break;
+    case SWIGLU: swiglu_row(op->x + row * step, op->out + row * op->n * size, op->n, half); break;
+    case EMBED: embed_row(op, row, half); break;
     }
+}
+
+INLINE int64_t take(Op *op, int64_t units) { return __atomic_fetch_add(&op->next, units, __ATOMIC_RELAXED); }
+
+/* A thread knows its next panel before it begins one, and fetches it meanwhile; in the end, one of what comes `then`. */
+static void take_panels(Op *op, const Op *then, int64_t rows, int half, int64_t me) {
+    int64_t units = panels_of(op) * blocks_of(rows);
+    for (int64_t unit = take(op, 1), next; unit < units; unit = next) {
+        next = take(op, 1);
+        const char *after = next < units ? panel_of(op, next) : then ? panel_of(then, me) : op->weight;
+        (half ? product_pairs : product_floats)(op, rows, unit, after);
+    }
+}
+
+static void take_rows(Op *op, int64_t rows, int half, int64_t threads) {
+    int64_t grab = rows / (4 * threads) + 1, last;
+    for (int64_t first = take(op, grab); first < rows; first = take(op, grab)) {
+        last = first + grab < rows ? first + grab : rows;
+        for (int64_t row = first; row < last; row++)
+            if (half) do_row(op, row, 1);
+            else do_row(op, row, 0);
+    }
+}
+
+static int is_product(const Op *op) { return op->kind == PRODUCT || op->kind == GATED; }
+
+static void take_units(Op *op, const Op *end, int64_t rows, int half, int64_t threads) {
+    int64_t me = 0;
+#ifdef _OPENMP
+    me = omp_get_thread_num();
+#endif
+    if (!is_product(op)) {
+        take_rows(op, rows, half, threads);
+        return;
+    }
+    const Op *then = op + 1;
+    while (then < end && !is_product(then)) then++;
+    take_panels(op, then < end ? then : 0, rows, half, me);
+}
+
+/* Do some things one after the other. A call to others, which have threads of their own, comes between; it returns 0
+ * if all is well, and otherwise what is to be returned at once. */
+int inference_run(Op *ops, int64_t count, int64_t rows, int64_t half, int64_t threads) {
+    for (int64_t first = 0, last; first < count; first = last) {
+        if (ops[first].kind == CALL) {
+            int failed = ops[first].call(ops[first].x);
+            if (failed) return failed;
+            last = first + 1;
+            continue;
+        }
+        for (last = first; last < count && ops[last].kind != CALL; last++) ops[last].next = 0;
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+        for (int64_t i = first; i < last; i++) {
+            take_units(ops + i, ops + count, rows, (int)half, threads);
+            if (i + 1 < last) {
+#pragma omp barrier
+            }
+        }
+    }
+    return 0;
 }

@@ -11,18 +11,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from parallel.errors import ConfigError
 from parallel.native import CompileError, compiled
 
-__all__ = ["Panels", "kernels", "norm", "panels", "panels_product", "rotate_", "swiglu_rows"]
+__all__ = [
+    "Op",
+    "Panels",
+    "Program",
+    "kernels",
+    "norm",
+    "norm_heads_",
+    "panels",
+    "panels_product",
+    "rotate_",
+    "swiglu_rows",
+]
 
 _SOURCE = Path(__file__).with_name("inference.c")
 _FLAGS = (("-march=native", "-fopenmp", "-ffp-contract=off"),)
 _DTYPES = (torch.float32, torch.bfloat16)
-_ARGUMENTS = {  # pointers, then whole numbers
-    "inference_rotate": (3, 6),
-    "inference_swiglu": (2, 4),
-    "inference_product": (4, 5),
-}
+_NORM, _ROTATE, _SWIGLU, _PRODUCT, _GATED, _EMBED, _CALL = range(7)
+
+
+class Op(ctypes.Structure):
+    """One thing to be done with every row: ``Op`` of inference.c."""
+
+    _fields_ = [
+        ("kind", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "more", "out")),
+        *((name, ctypes.c_int64) for name in ("width", "n", "count")),
+        ("eps", ctypes.c_double),
+        ("call", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+    ]
 
 
 @functools.cache
@@ -32,13 +53,9 @@ def kernels() -> ctypes.CDLL | None:
         library = compiled(_SOURCE, _FLAGS)
     except CompileError:
         return None
-    for name, (pointers, numbers) in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers
-        function.restype = None
-    number, pointer = ctypes.c_int64, ctypes.c_void_p
-    library.inference_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float, number, number]
-    library.inference_norm.restype = None
+    number = ctypes.c_int64
+    library.inference_run.argtypes = [ctypes.POINTER(Op), number, number, number, number]
+    library.inference_run.restype = ctypes.c_int
     library.inference_panel.argtypes, library.inference_panel.restype = [number], number
     return library
 
@@ -59,6 +76,12 @@ def _library(*tensors: Tensor) -> ctypes.CDLL | None:
     return kernels()
 
 
+def _run(library: ctypes.CDLL, op: Op, rows: int, dtype: torch.dtype, alone: bool = False) -> None:
+    """One op; ``alone``: there is too little to do for more than one thread."""
+    threads = 1 if alone else torch.get_num_threads()
+    library.inference_run(ctypes.byref(op), 1, rows, dtype == torch.bfloat16, threads)
+
+
 def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
     """RMSNorm of the last dim; None where the torch form is to do it."""
     library = _library(x_TD, weight_D)
@@ -66,10 +89,30 @@ def norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor | None:
     if library is None or weight_D.shape != (size,) or not size:
         return None
     out = torch.empty_like(x_TD)
-    half, threads = x_TD.dtype == torch.bfloat16, torch.get_num_threads()
-    places = x_TD.data_ptr(), weight_D.data_ptr(), out.data_ptr()
-    library.inference_norm(*places, x_TD.numel() // size, size, eps, half, threads)
+    op = _norm(x_TD, weight_D, out, eps)
+    _run(library, op, x_TD.numel() // size, x_TD.dtype, alone=x_TD.numel() <= 32768)
     return out
+
+
+def _norm(x_TD: Tensor, weight_D: Tensor, out_TD: Tensor, eps: float) -> Op:
+    x, weight, out, size = x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), x_TD.shape[-1]
+    return Op(kind=_NORM, x=x, weight=weight, out=out, width=size, n=size, count=1, eps=eps)
+
+
+def norm_heads_(x_TO: Tensor, first: int, heads: int, weight_H: Tensor, eps: float) -> bool:
+    """RMSNorm of some heads of (T, heads x H), each by itself, in place; False, and nothing done: torch is to do it."""
+    library = _library(x_TO, weight_H)
+    if library is None or (first + heads) * len(weight_H) > x_TO.shape[1]:
+        return False
+    op, work = _norm_heads(x_TO, first, heads, weight_H, eps), x_TO.shape[0] * heads * len(weight_H)
+    _run(library, op, x_TO.shape[0], x_TO.dtype, alone=work <= 32768)
+    return True
+
+
+def _norm_heads(x_TO: Tensor, first: int, heads: int, weight_H: Tensor, eps: float) -> Op:
+    size, weight = len(weight_H), weight_H.data_ptr()
+    x = x_TO.data_ptr() + first * size * x_TO.element_size()
+    return Op(kind=_NORM, x=x, out=x, weight=weight, width=x_TO.shape[1], n=size, count=heads, eps=eps)
 
 
 def rotate_(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> bool:
@@ -80,10 +123,13 @@ def rotate_(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> bool:
     (rows, width), half_size = x_TO.shape, cos_TH.shape[1]
     if cos_TH.shape != (rows, half_size) or sin_TH.shape != cos_TH.shape or 2 * heads * half_size > width:
         return False
-    places = x_TO.data_ptr(), cos_TH.data_ptr(), sin_TH.data_ptr()
-    half, threads = x_TO.dtype == torch.bfloat16, torch.get_num_threads()
-    library.inference_rotate(*places, rows, width, heads, half_size, half, threads)
+    _run(library, _rotate(x_TO, heads, cos_TH, sin_TH), rows, x_TO.dtype, alone=rows * heads * half_size <= 16384)
     return True
+
+
+def _rotate(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> Op:
+    cos, sin, out = cos_TH.data_ptr(), sin_TH.data_ptr(), x_TO.data_ptr()
+    return Op(kind=_ROTATE, x=cos, more=sin, out=out, width=x_TO.shape[1], n=cos_TH.shape[1], count=heads)
 
 
 def swiglu_rows(gate_up_TF: Tensor) -> Tensor | None:
@@ -93,9 +139,13 @@ def swiglu_rows(gate_up_TF: Tensor) -> Tensor | None:
     if library is None or gate_up_TF.shape[-1] % 2 or not size:
         return None
     out = gate_up_TF.new_empty(*gate_up_TF.shape[:-1], size)
-    half, threads = gate_up_TF.dtype == torch.bfloat16, torch.get_num_threads()
-    library.inference_swiglu(gate_up_TF.data_ptr(), out.data_ptr(), out.numel() // size, size, half, threads)
+    _run(library, _swiglu(gate_up_TF, out), out.numel() // size, out.dtype, alone=out.numel() <= 8192)
     return out
+
+
+def _swiglu(gate_up_TF: Tensor, out_TF: Tensor) -> Op:
+    size = out_TF.shape[-1]
+    return Op(kind=_SWIGLU, x=gate_up_TF.data_ptr(), out=out_TF.data_ptr(), width=2 * size, n=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +192,104 @@ def panels_product(x_TI: Tensor, weight: Panels, bias_O: Tensor | None = None) -
     out = x.new_empty(*x.shape[:-1], weight.out)
     library = kernels()
     assert library is not None
-    places = x.data_ptr(), weight.data.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr()
-    numbers = out.numel() // weight.out, steps, weight.out, pair == 2, torch.get_num_threads()
-    library.inference_product(*places, *numbers)
+    _run(library, _product(x, weight, bias, out), out.numel() // weight.out, dtype)
     return out
+
+
+def _product(x_TI: Tensor, weight: Panels, bias_O: Tensor | None, out_TO: Tensor, add: bool = False) -> Op:
+    places = {"x": x_TI.data_ptr(), "weight": weight.data.data_ptr(), "out": out_TO.data_ptr()}
+    more = None if bias_O is None else bias_O.data_ptr()
+    return Op(kind=_PRODUCT, **places, more=more, width=weight.out, n=weight.data.shape[1], count=add)
+
+
+class Program:
+    """Ops one after the other, on memory of their own, for any number of rows up to some: one call does them all.
+
+    They have the bits of the functions above.
+
+    Args:
+        dtype: of all values.
+        rows: the most that there may be.
+
+    Raises:
+        ConfigError: the C file cannot be had here, or does not compute in this precision.
+    """
+
+    def __init__(self, dtype: torch.dtype, rows: int) -> None:
+        library = kernels()
+        if library is None or dtype not in _DTYPES:
+            raise ConfigError(f"no compiled kernels of inference in {dtype}")
+        self.dtype, self.rows, self._library = dtype, rows, library
+        self._ops: list[Op] = []
+        self._kept: list[object] = []
+        self._array: ctypes.Array[Op] | None = None
+
+    def memory(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """(rows, width), for ops to read and write."""
+        return torch.empty(self.rows, width, dtype=self.dtype if dtype is None else dtype)
+
+    def _add(self, op: Op, *kept: object) -> None:
+        self._ops.append(op)
+        self._kept += kept
+        self._array = None
+
+    def norm(self, x_TD: Tensor, weight_D: Tensor, out_TD: Tensor, eps: float) -> None:
+        """RMSNorm; the arguments, as everywhere here, are looked at when the program runs."""
+        self._add(_norm(x_TD, weight_D, out_TD, eps), x_TD, weight_D, out_TD)
+
+    def norm_heads(self, x_TO: Tensor, first: int, heads: int, weight_H: Tensor, eps: float) -> None:
+        """RMSNorm of some heads, each by itself, in place."""
+        self._add(_norm_heads(x_TO, first, heads, weight_H, eps), x_TO, weight_H)
+
+    def rotate(self, x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> None:
+        """Rotate the first heads in place; cos and sin in float32."""
+        self._add(_rotate(x_TO, heads, cos_TH, sin_TH), x_TO, cos_TH, sin_TH)
+
+    def swiglu(self, gate_up_TF: Tensor, out_TF: Tensor) -> None:
+        """(T, 2F) to (T, F)."""
+        self._add(_swiglu(gate_up_TF, out_TF), gate_up_TF, out_TF)
+
+    def product(
+        self, x_TI: Tensor, weight: Panels, out_TO: Tensor, bias_O: Tensor | None = None, *, add: bool = False
+    ) -> None:
+        """``x W^T + b``, which becomes ``out`` or is added to it.
+
+        Raises:
+            ConfigError: in bfloat16 an odd number of inputs would have to be padded.
+        """
+        if weight.data.shape[1] * weight.data.shape[3] != weight.in_:
+            raise ConfigError(f"a product of {weight.in_} inputs in {self.dtype} needs padding")
+        self._add(_product(x_TI, weight, bias_O, out_TO, add), x_TI, weight, out_TO, bias_O)
+
+    def gated(self, x_TI: Tensor, weight: Panels, out_TF: Tensor) -> None:
+        """:meth:`product` with a weight of gates (F, in) before ups (F, in), and :meth:`swiglu`, as one.
+
+        Raises:
+            ConfigError: as there.
+        """
+        columns, size = weight.data.shape[2], weight.out // 2
+        if size % columns:
+            gate_up = self.memory(weight.out)
+            self.product(x_TI, weight, gate_up)
+            self.swiglu(gate_up, out_TF)
+        else:
+            self.product(x_TI, weight, out_TF)
+            self._ops[-1].kind, self._ops[-1].width = _GATED, size
+
+    def embed(self, rows_T: Tensor, table_VD: Tensor, out_TD: Tensor) -> None:
+        """Rows of a table by their numbers, int64; where there is no such row, ``out`` is left as it was."""
+        places = {"x": rows_T.data_ptr(), "weight": table_VD.data_ptr(), "out": out_TD.data_ptr()}
+        count, size = table_VD.shape
+        self._add(Op(kind=_EMBED, **places, width=size, n=size, count=count), rows_T, table_VD, out_TD)
+
+    def call(self, function: object, argument: ctypes.Structure) -> None:
+        """``int function(argument)`` of another C library; anything but 0 ends the run."""
+        address = ctypes.cast(function, ctypes.c_void_p).value  # pyright: ignore[reportArgumentType]
+        self._add(Op(kind=_CALL, x=ctypes.addressof(argument), call=address), function, argument)
+
+    def run(self, rows: int) -> int:
+        """Do everything with the first ``rows`` rows; 0, or what a call returned."""
+        if self._array is None:
+            self._array = (Op * len(self._ops))(*self._ops)
+        half, threads = self.dtype == torch.bfloat16, torch.get_num_threads()
+        return self._library.inference_run(self._array, len(self._ops), rows, half, threads)

@@ -86,11 +86,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, batch: Batch, angles: Angles | None, wanted_R: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, D), our tokens of each; (R, D) if only some are wanted."""
-        qkv = self.qkv(x_TD, len(batch))
-        if angles is not None and self.q_norm is None:
-            qkv = rotary_(qkv, self.qkv.local_heads + self.qkv.local_kv_heads, *angles)
-        q, k, v = self.qkv.split_heads(qkv)
+        qkv, heads, kv_heads = self.qkv(x_TD, len(batch)), self.qkv.local_heads, self.qkv.local_kv_heads
+        normed = True
         if self.q_norm is not None and self.k_norm is not None:
+            normed = self.q_norm.heads_(qkv, 0, heads) and self.k_norm.heads_(qkv, heads, kv_heads)
+        if angles is not None and normed:
+            qkv = rotary_(qkv, heads + kv_heads, *angles)
+        q, k, v = self.qkv.split_heads(qkv)
+        if self.q_norm is not None and self.k_norm is not None and not normed:
             q, k = self.q_norm(q), self.k_norm(k)
             if angles is not None:
                 q, k = rotary(q, *angles), rotary(k, *angles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from parallel.kernels.inference import norm_heads_
 from parallel.kernels.norm import rms_norm
 from parallel.shard import Shard
 
@@ -39,6 +40,10 @@ class RMSNorm(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Any leading dims."""
         return rms_norm(x_TD, self.weight, self.eps)
+
+    def heads_(self, x_TO: Tensor, first: int, heads: int) -> bool:
+        """Norm some heads of (T, heads x size) in place, each by itself; False, and nothing done: use the layer."""
+        return norm_heads_(x_TO, first, heads, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

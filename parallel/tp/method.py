@@ -56,7 +56,7 @@ class Packed(Dense):
     """A weight that is only multiplied with: after :meth:`finish` in the order in which the processor does so."""
 
     def __init__(self) -> None:
-        self._packed: Tensor | Panels | None = None
+        self.packed: Tensor | Panels | None = None
 
     def finish(self, weight: Tensor, *, keep: bool) -> None:
         """The weight is loaded.
@@ -64,12 +64,12 @@ class Packed(Dense):
         Args:
             keep: leave the weight as it is as well: somebody else reads it (a tied embedding).
         """
-        self._packed = pack(weight)
-        if self._packed is not None and not keep:
+        self.packed = pack(weight)
+        if self.packed is not None and not keep:
             weight.data = weight.data.new_empty(0)
 
     def product(self, x_TI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-        packed = self._packed
+        packed = self.packed
         return super().product(x_TI, weight, bias_O) if packed is None else packed_product(x_TI, packed, bias_O)
 
 

@@ -1,0 +1,165 @@
+"""Lowered steps: the bits of the model itself, for every family that can be lowered; what cannot be, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from test_llm import MODELS, config_of, folders, work  # noqa: F401 - a fixture
+from torch import Tensor
+
+from infer import LLM, EngineConfig
+from infer.batch import StepBatch
+from infer.cache import CacheConfig
+from infer.lowered import Lowered
+from parallel.errors import ConfigError, DataError
+from parallel.kernels import inference
+from parallel.kernels.inference import Program, panels
+
+
+@pytest.fixture(autouse=True)
+def panelled() -> None:
+    if panels(torch.zeros(2, 2)) is None:
+        pytest.skip("no products in C on this machine")
+
+
+def watched(llm: LLM) -> list[int]:
+    """Let lowered steps be computed by the model too, and compare; the tokens of each, negative: some are wanted."""
+    runner, seen = llm.engine.runner, []
+    lowered = runner.graphs
+    assert isinstance(lowered, Lowered)
+
+    def both(batch: StepBatch) -> Tensor | None:
+        got = lowered(batch)
+        if got is not None:
+            seen.append(len(batch) if batch.wanted_R is None else -len(batch))
+            got = got.clone()
+            before = [raw.clone() for raw in runner.cache.raw]
+            assert torch.equal(runner.model(batch), got)
+            assert all(map(torch.equal, before, runner.cache.raw))
+        return got
+
+    runner.graphs = both
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_bits_are_those_of_the_model(folders: dict[str, Path], name: str, dtype: torch.dtype) -> None:  # noqa: F811
+    if panels(torch.zeros(2, 2, dtype=dtype)) is None:
+        pytest.skip("no products in C in this precision")
+    llm = LLM(folders[name], config=config_of(running=20, chunk=11), dtype=dtype)
+    seen = watched(llm)
+    llm.generate(*work(60))
+    assert min(seen) < 0
+    assert 20 in seen and len(seen) > 20
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantized_pages(folders: dict[str, Path], precision: str) -> None:  # noqa: F811
+    config = dataclasses.replace(config_of(page=4), cache=CacheConfig(memory_gib=0.01, precision=precision))
+    llm = LLM(folders["llama"], config=config)
+    seen = watched(llm)
+    llm.generate(*work(30))
+    assert len(seen) > 10
+
+
+def test_threads_change_no_bit(folders: dict[str, Path]) -> None:  # noqa: F811
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            llm = LLM(folders["llama"], config=config_of())
+            lowered, logits = llm.engine.runner.graphs, []
+            llm.engine.runner.graphs = lambda batch, lowered=lowered, logits=logits: _kept(lowered(batch), logits)
+            llm.generate(*work(30))
+            found.append(logits)
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert len(other) == len(found[0]) and all(map(torch.equal, other, found[0]))
+
+
+def _kept(logits: Tensor | None, into: list[Tensor]) -> Tensor | None:
+    into += [] if logits is None else [logits.clone()]
+    return logits
+
+
+def test_off_and_what_cannot_be(folders: dict[str, Path]) -> None:  # noqa: F811
+    def engine(name: str, graphs: str, **cache: str) -> LLM:
+        return LLM(
+            folders[name],
+            config=EngineConfig(graphs=graphs, cache=CacheConfig(memory_gib=0.01, **cache)),  # pyright: ignore
+        )
+
+    assert engine("llama", "off").engine.runner.graphs is None
+    assert isinstance(engine("llama", "on").engine.runner.graphs, Lowered)
+    assert engine("gpt2", "auto").engine.runner.graphs is None
+    assert engine("llama", "auto", attention="reference").engine.runner.graphs is None
+    with pytest.raises(ConfigError) as caught:
+        engine("gpt2", "on")
+    for reason in ("the norms are not RMSNorm", "positions are learned", "not SwiGLU", "has a bias"):
+        assert f"graphs = on: {reason}" in str(caught.value) or reason in str(caught.value)
+    with pytest.raises(ConfigError, match="graphs = on: attention is not the CPU's"):
+        engine("llama", "on", attention="reference")
+
+
+def test_without_a_compiler(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    prompts, params = work(12)
+    want = LLM(folders["llama"], config=config_of()).generate(prompts, params)
+    monkeypatch.setattr(inference, "kernels", lambda: None)
+    llm = LLM(folders["llama"], config=config_of())
+    assert llm.engine.runner.graphs is None
+    assert [c.tokens for c in llm.generate(prompts, params)] == [c.tokens for c in want]
+    with pytest.raises(ConfigError, match="no compiled kernels"):
+        Program(torch.float32, 4)
+
+
+def test_bad_steps_are_refused(folders: dict[str, Path]) -> None:  # noqa: F811
+    llm = LLM(folders["llama"], config=config_of())
+    lowered, raw = llm.engine.runner.graphs, llm.engine.runner.cache.raw[0]
+    assert isinstance(lowered, Lowered)
+
+    def step(token: int = 7, page: int = 0, wanted: Tensor | None = None) -> StepBatch:
+        return StepBatch(
+            tokens_T=torch.tensor([token]),
+            positions_T=torch.tensor([0]),
+            boundaries=(0, 1),
+            table=(torch.tensor([[page]], dtype=torch.int32),),
+            slots_T=(torch.tensor([page * 16]),),
+            context_R=torch.tensor([1], dtype=torch.int32),
+            starts_R=torch.tensor([0, 1], dtype=torch.int32),
+            longest=1,
+            widest=1,
+            wanted_R=wanted,
+        )
+
+    assert lowered(step()) is not None
+    assert lowered(step(wanted=torch.zeros(257, dtype=torch.int64))) is None
+    for token in (-1, MODELS["llama"].vocabulary):
+        with pytest.raises(DataError, match=f"token id {token} is outside the vocabulary of 211"):
+            lowered(step(token))
+    for page in (-1, len(raw)):
+        with pytest.raises(IndexError, match="page group 0 names a page outside"):
+            lowered(step(page=page))
+
+
+def test_a_program_reads_no_row_that_its_table_has_not() -> None:
+    program = Program(torch.float32, 3)
+    rows, out = program.memory(1, torch.int64), program.memory(5)
+    program.embed(rows, torch.arange(10.0).view(2, 5), out)
+    rows[:, 0] = torch.tensor([1, 2, -1])
+    out.fill_(-7)
+    program.run(3)
+    assert out.tolist() == [[5, 6, 7, 8, 9], [-7] * 5, [-7] * 5]
+
+
+def test_an_odd_number_of_bfloat16_inputs_is_refused() -> None:
+    held = panels(torch.zeros(4, 3, dtype=torch.bfloat16))
+    if held is None:
+        pytest.skip("no products in C in this precision")
+    program = Program(torch.bfloat16, 2)
+    with pytest.raises(ConfigError, match="product of 3 inputs"):
+        program.product(program.memory(3), held, program.memory(4))
