@@ -1,11 +1,12 @@
 """The fault and security suite of the server: real processes on a tiny model, ending in "nothing lost".
 
-``python tests/serve_faults.py [--only S7,S24] [--short] [--secure]`` prints one line a case, and the score; with
-``--secure`` only the cases about security, as they run under ``python -O`` too. The cases are in ``serving_faults/``.
+``python tests/serve_faults.py [S7,S24] [--short] [--secure]`` prints one line a case, and the score; the cases are in
+``serving_faults/``.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -23,10 +24,15 @@ __all__ = ["main"]
 
 def main(words: list[str]) -> int:
     """Run and print; the exit code."""
-    numbers = [number for word in words if not word.startswith("--") for number in word.split(",")]
-    short = "--short" in words
-    cases = [one for one in chosen(numbers, short=short) if one.secure or "--secure" not in words]
-    short = short or "--short-work" in words
+    parser = argparse.ArgumentParser(description="The fault and security suite of the server.")
+    parser.add_argument("cases", nargs="*", help="numbers, as S7,S24; none: all")
+    parser.add_argument("--short", action="store_true", help="the cases, and the parts of cases, that are quick")
+    parser.add_argument("--secure", action="store_true", help="those about security, which run under python -O too")
+    parser.add_argument("--short-work", action="store_true", help="the quick parts of all cases")
+    args = parser.parse_args(words)
+    numbers = [number for word in args.cases for number in word.split(",")]
+    cases = [one for one in chosen(numbers, short=args.short) if one.secure or not args.secure]
+    short = args.short or args.short_work
     began = time.monotonic()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="serve-faults-") as name:

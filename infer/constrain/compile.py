@@ -7,6 +7,7 @@ after the other; it answers each with a frame. It imports nothing of ours, so th
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, BinaryIO
 
@@ -298,6 +299,14 @@ def _size() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
+def _returns_memory() -> Callable[[], object]:
+    """Gives the system back what a large form took and freed again, where the allocator can (glibc's)."""
+    try:
+        return functools.partial(ctypes.CDLL(None).malloc_trim, 0)
+    except (AttributeError, OSError):
+        return lambda: None
+
+
 def main() -> None:
     """The child: ``{parent, tokenizer, vocabulary, ends, bytes}``, then forms ``{kind, text}``; each is answered by
     ``{problem, cpu_s}``."""
@@ -315,6 +324,7 @@ def main() -> None:
         most = _size() + about["bytes"]
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     write_frame(target, {"problem": problem, "version": llguidance.get_version()})
+    give_back = _returns_memory()
     while tokenizer is not None and (data := read_frame(source)) is not None:
         form, began = json.loads(data), time.process_time()
         try:
@@ -325,6 +335,7 @@ def main() -> None:
         except MemoryError:
             problem = "needs too much memory"
         write_frame(target, {"problem": problem, "cpu_s": time.process_time() - began})
+        give_back()
 
 
 if __name__ == "__main__":
