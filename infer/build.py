@@ -37,8 +37,8 @@ from parallel.tp.method import Packed
 
 __all__ = ["EngineConfig", "build_engine", "load_text", "records_graphs", "stage_of"]
 
-_LOWERED = 256
-"""Tokens of a step up to which it is lowered, at least; in longer ones little but the products counts."""
+_WANTED = 256
+"""Rows of logits, at least, for which there is memory where steps are lowered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,8 @@ def _graphs(model: Decoder, config: EngineConfig, limits: Limits, scratch: list[
 
 def _lowered(model: Decoder, config: EngineConfig) -> Lowered | None:
     try:
-        return None if config.graphs == "off" else Lowered(model, max(_LOWERED, config.scheduler.requests))
+        plan = config.scheduler
+        return None if config.graphs == "off" else Lowered(model, plan.budget, max(_WANTED, plan.requests))
     except ConfigError as error:
         if config.graphs == "on":
             raise ConfigError([f"graphs = on: {problem}" for problem in error.problems]) from None

@@ -22,37 +22,38 @@ __all__ = ["Lowered"]
 
 
 class Lowered:
-    """Computes short steps with the bits that the model gives.
+    """Computes steps with the bits that the model gives.
 
     Args:
         model: whole on this rank, its weights packed, its cache allocated.
-        rows: most tokens of a step; longer ones are the model's.
+        rows: most tokens of a step.
+        wanted: most of them whose logits are wanted. Steps with more of either are the model's.
 
     Raises:
         ConfigError: the model has something for which there is no kernel, or they cannot be had; every reason.
     """
 
-    def __init__(self, model: Decoder, rows: int) -> None:
+    def __init__(self, model: Decoder, rows: int, wanted: int) -> None:
         refuse(ConfigError, _problems(model))
         assert model.embedding is not None and model.norm is not None and model.head is not None
         config, table = model.config, model.embedding.weight.detach()
         self._config = config
-        self._all, self._some = (Program(table.dtype, rows) for _ in range(2))
+        self._all, self._some = Program(table.dtype, rows), Program(table.dtype, min(rows, wanted))
         self._jobs: list[tuple[Job, int]] = []
-        memory, size = self._all.memory, config.head_size
-        self._tokens, self._wanted = memory(1, torch.int64), memory(1, torch.int64)
+        memory, some, size = self._all.memory, self._some.memory, config.head_size
+        self._tokens, self._wanted = memory(1, torch.int64), some(1, torch.int64)
         self._turns = memory(size // 2, torch.float32), memory(size // 2, torch.float32)
         self._stream, self._normed = memory(config.hidden), memory(config.hidden)
         self._qkv, self._seen = memory((config.heads + 2 * config.kv_heads) * size), memory(config.heads * size)
         self._inner = memory(config.feed_forward)
-        self._logits = memory(config.vocabulary)
+        self._logits = some(config.vocabulary)
         self._all.embed(self._tokens, table, self._stream)
         *blocks, last = (block for block in model.layers.values() if isinstance(block, Block))
         for block in blocks:
             self._attend(block)
             self._pass_on(block, self._all, self._seen, self._stream)
         self._attend(last)
-        seen, stream = memory(config.heads * size), memory(config.hidden)  # of the rows that are wanted
+        seen, stream = some(config.heads * size), some(config.hidden)
         self._some.embed(self._wanted, self._seen, seen)
         self._some.embed(self._wanted, self._stream, stream)
         self._pass_on(last, self._some, seen, stream)
@@ -95,7 +96,7 @@ class Lowered:
         """
         rows, wanted = len(batch), batch.wanted_R
         count = rows if wanted is None else len(wanted)
-        if max(rows, count) > self._all.rows:
+        if rows > self._all.rows or count > self._some.rows:
             return None
         low, high = (int(bound) for bound in batch.tokens_T.aminmax())
         if low < 0 or high >= self._config.vocabulary:

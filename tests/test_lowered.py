@@ -16,7 +16,7 @@ from infer.cache import CacheConfig
 from infer.lowered import Lowered
 from parallel.errors import ConfigError, DataError
 from parallel.kernels import inference
-from parallel.kernels.inference import Program, panels
+from parallel.kernels.inference import Program, panels, panels_product
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,42 @@ def test_an_odd_number_of_bfloat16_inputs_is_refused() -> None:
     program = Program(torch.bfloat16, 2)
     with pytest.raises(ConfigError, match="product of 3 inputs"):
         program.product(program.memory(3), held, program.memory(4))
+
+
+def done(result: Tensor | None) -> Tensor:
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inner", [64, 192, 48])
+def test_a_program_has_the_bits_of_the_functions(inner: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(4)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    hidden, heads, most = 40, 5, 230
+    up, down, bias = panels(tensor(2 * inner, hidden)), panels(tensor(hidden, inner)), tensor(hidden)
+    if up is None or down is None:
+        pytest.skip("no products in C in this precision")
+    weight, head_weight, given = tensor(hidden), tensor(8), tensor(most, hidden)
+    cos, sin = tensor(most, 4).float(), tensor(most, 4).float()
+    program = Program(dtype, most)
+    x, normed, mid = program.memory(hidden), program.memory(hidden), program.memory(inner)
+    program.norm(x, weight, normed, 1e-5)
+    program.gated(normed, up, mid)
+    program.product(mid, down, x, bias, add=True)
+    program.norm_heads(x, 1, 3, head_weight, 1e-5)
+    program.rotate(x, heads - 1, cos, sin)
+    for rows in (1, 6, 7, 17, 95, 97, most):
+        x[:rows] = given[:rows]
+        assert program.run(rows) == 0
+        with torch.inference_mode():
+            want = given[:rows].clone()
+            inside = done(inference.swiglu_rows(panels_product(done(inference.norm(want, weight, 1e-5)), up)))
+            want += panels_product(inside, down, bias)
+            heads_H = want.view(rows, heads, 8)
+            heads_H[:, 1:4] = done(inference.norm(heads_H[:, 1:4].contiguous(), head_weight, 1e-5))
+            assert inference.rotate_(want, heads - 1, cos[:rows], sin[:rows])
+        assert torch.equal(x[:rows], want)
