@@ -59,7 +59,7 @@ def test_the_bits_are_those_of_the_model(folders: dict[str, Path], name: str, dt
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_quantized_pages(folders: dict[str, Path], precision: str) -> None:  # noqa: F811
-    config = dataclasses.replace(config_of(page=4), cache=CacheConfig(memory_gib=0.01, precision=precision))
+    config = dataclasses.replace(config_of(page=4), cache=CacheConfig(memory_gib=0.01, precision=precision))  # pyright: ignore[reportArgumentType]
     llm = LLM(folders["llama"], config=config)
     seen = watched(llm)
     llm.generate(*work(30))
@@ -73,6 +73,7 @@ def test_threads_change_no_bit(folders: dict[str, Path]) -> None:  # noqa: F811
             torch.set_num_threads(threads)
             llm = LLM(folders["llama"], config=config_of())
             lowered, logits = llm.engine.runner.graphs, []
+            assert lowered is not None
             llm.engine.runner.graphs = lambda batch, lowered=lowered, logits=logits: _kept(lowered(batch), logits)
             llm.generate(*work(30))
             found.append(logits)
