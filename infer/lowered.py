@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from infer.attention import Pages
 from infer.attention.cpu import CpuAttention, Job
 from infer.batch import StepBatch
 from infer.cache import PagedCore
@@ -21,11 +23,27 @@ from parallel.tp.method import Packed
 __all__ = ["Lowered"]
 
 
+@dataclass(slots=True)
+class _Attention:
+    """Of one layer: what its kernel is told, and the pages that it was told of."""
+
+    job: Job
+    core: PagedCore
+    pages: Pages | None = None
+
+    def aim(self, batch: StepBatch) -> None:
+        if self.pages is not self.core.pages:
+            assert self.core.pages is not None, "allocate the cache first"
+            self.job.point(self.core.pages)
+            self.pages = self.core.pages
+        self.job.aim(batch, self.core.group)
+
+
 class Lowered:
     """Computes steps with the bits that the model gives.
 
     Args:
-        model: whole on this rank, its weights packed, its cache allocated.
+        model: whole on this rank, its weights packed.
         rows: most tokens of a step.
         wanted: most of them whose logits are wanted. Steps with more of either are the model's.
 
@@ -39,7 +57,7 @@ class Lowered:
         config, table = model.config, model.embedding.weight.detach()
         self._config = config
         self._all, self._some = Program(table.dtype, rows), Program(table.dtype, min(rows, wanted))
-        self._jobs: list[tuple[Job, int]] = []
+        self._attentions: list[_Attention] = []
         memory, some, size = self._all.memory, self._some.memory, config.head_size
         self._tokens, self._wanted = memory(1, torch.int64), some(1, torch.int64)
         self._turns = memory(size // 2, torch.float32), memory(size // 2, torch.float32)
@@ -63,7 +81,7 @@ class Lowered:
     def _attend(self, block: Block) -> None:
         """From the stream to what its attention has seen."""
         program, qkv, core = self._all, block.attention.qkv, block.attention.core
-        assert isinstance(core, PagedCore) and isinstance(core.backend, CpuAttention) and core.pages is not None
+        assert isinstance(core, PagedCore) and isinstance(core.backend, CpuAttention)
         heads, kv_heads = qkv.local_heads, qkv.local_kv_heads
         self._norm(program, block.attention_norm, self._stream)
         program.product(self._normed, _panels(qkv), self._qkv, qkv.bias)
@@ -71,10 +89,10 @@ class Lowered:
             if norm is not None:
                 program.norm_heads(self._qkv, first, count, norm.weight.detach(), norm.eps)
         program.rotate(self._qkv, heads + kv_heads, *self._turns)
-        job = Job.of(core.pages)
+        job = Job()
         job.give(*qkv.split_heads(self._qkv), self._seen.unflatten(1, (heads, -1)), core.window)
         program.call(core.backend.entry(program.dtype), job)
-        self._jobs.append((job, core.group))
+        self._attentions.append(_Attention(job, core))
 
     def _pass_on(self, block: Block, program: Program, seen: Tensor, stream: Tensor) -> None:
         """What attention has seen, and then the MLP's output, are added to the stream."""
@@ -106,11 +124,11 @@ class Lowered:
         self._wanted[:count, 0] = torch.arange(rows) if wanted is None else wanted
         for place, turns in zip(self._turns, angles(self._config, batch), strict=True):
             place[:rows] = turns
-        for job, group in self._jobs:
-            job.aim(batch, group)
+        for attention in self._attentions:
+            attention.aim(batch)
         if status := self._all.run(rows):
-            failed, group = next((job, group) for job, group in self._jobs if job.failed)
-            failed.verify(status, group)
+            failed = next(attention for attention in self._attentions if attention.job.failed)
+            failed.job.verify(status, failed.core.group)
         self._some.run(count)
         return self._logits[:count]
 

@@ -147,6 +147,16 @@ def test_bad_steps_are_refused(folders: dict[str, Path]) -> None:  # noqa: F811
             lowered(step(page=page))
 
 
+def test_a_cache_that_is_allocated_again(folders: dict[str, Path]) -> None:  # noqa: F811
+    llm = LLM(folders["llama"], config=config_of())
+    before = llm.generate(*work(20))
+    cache = llm.engine.runner.cache
+    cache.allocate([len(raw) for raw in cache.raw])
+    seen = watched(llm)
+    assert [c.tokens for c in llm.generate(*work(20))] == [c.tokens for c in before]
+    assert seen
+
+
 def test_a_program_reads_no_row_that_its_table_has_not() -> None:
     program = Program(torch.float32, 3)
     rows, out = program.memory(1, torch.int64), program.memory(5)

@@ -40,18 +40,16 @@ class Job(ctypes.Structure):
         ("scale", ctypes.c_double),
     ]
 
-    @staticmethod
-    def of(pages: Pages) -> Job:
-        """With what does not change as long as the pages are there."""
+    def point(self, pages: Pages) -> None:
+        """To where keys and values are kept; the caller keeps the pages."""
         keys, values = pages.k_PKSH, pages.v_PKSH
-        job = Job(keys=keys.data_ptr(), values=values.data_ptr(), stored=_TYPES[keys.dtype])
-        job.pages, job.kv_heads, job.page_size, job.size = keys.shape
-        job.page, job.page_head = (keys.stride(dim) * keys.element_size() for dim in (0, 1))
+        self.keys, self.values, self.stored = keys.data_ptr(), values.data_ptr(), _TYPES[keys.dtype]
+        self.pages, self.kv_heads, self.page_size, self.size = keys.shape
+        self.page, self.page_head = (keys.stride(dim) * keys.element_size() for dim in (0, 1))
         if pages.k_scale_PKS is not None and pages.v_scale_PKS is not None:
-            job.key_scales, job.value_scales = pages.k_scale_PKS.data_ptr(), pages.v_scale_PKS.data_ptr()
-            job.scale_page, job.scale_head = (4 * pages.k_scale_PKS.stride(dim) for dim in (0, 1))
-        job.scale = job.size**-0.5 * 1.4426950408889634  # the kernel raises 2, not e
-        return job
+            self.key_scales, self.value_scales = pages.k_scale_PKS.data_ptr(), pages.v_scale_PKS.data_ptr()
+            self.scale_page, self.scale_head = (4 * pages.k_scale_PKS.stride(dim) for dim in (0, 1))
+        self.scale = self.size**-0.5 * 1.4426950408889634  # the kernel raises 2, not e
 
     def give(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, window: int | None) -> None:
         """What is computed from, and to where; the last dims are dense."""
@@ -129,7 +127,8 @@ class CpuAttention:
         out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
         job = self._jobs.get(pages)
         if job is None:
-            job = self._jobs[pages] = Job.of(pages)
+            job = self._jobs[pages] = Job()
+            job.point(pages)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
         job.give(q, k, v, out, window)
         job.aim(step, group)
