@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,12 +31,12 @@ class _Attention:
     core: PagedCore
     pages: Pages | None = None
 
-    def aim(self, batch: StepBatch) -> None:
+    def aim(self, places: Sequence[tuple[int, ...]]) -> None:
         if self.pages is not self.core.pages:
             assert self.core.pages is not None, "allocate the cache first"
             self.job.point(self.core.pages)
             self.pages = self.core.pages
-        self.job.aim(batch, self.core.group)
+        self.job.aim(places[self.core.group])
 
 
 class Lowered:
@@ -124,8 +124,9 @@ class Lowered:
         self._wanted[:count, 0] = torch.arange(rows) if wanted is None else wanted
         for place, turns in zip(self._turns, angles(self._config, batch), strict=True):
             place[:rows] = turns
+        places = [Job.place(batch, group) for group in range(len(batch.table))]
         for attention in self._attentions:
-            attention.aim(batch)
+            attention.aim(places)
         if status := self._all.run(rows):
             failed = next(attention for attention in self._attentions if attention.job.failed)
             failed.job.verify(status, failed.core.group)

@@ -78,14 +78,24 @@ def resolve(base: C, *tables: Mapping[str, Any], extra: Iterable[str] = ()) -> C
 
 
 class Flag(str):
-    """A value that came from the command line, still to be converted to its option's type."""
+    """A value that came from the command line, still to be converted to its option's type.
+
+    Attributes:
+        bare: there was no value, which stands for ``true``.
+    """
+
+    bare: bool = False
+
+
+class _Bare(Flag):
+    bare = True
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
     """Split a command line into positional arguments and a nested table of ``--a.b value`` overrides.
 
     ``--a.b=value`` and ``--a.b value`` are the same; a flag that is followed by another flag, or by nothing,
-    stands for ``true``.
+    stands for ``true``. ``-h`` is ``--help``.
 
     Returns:
         positional arguments, overrides (leaves are :class:`Flag`), problems.
@@ -96,15 +106,21 @@ def parse_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], li
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
+        if word == "-h":
+            word = "--help"
         if not word.startswith("--"):
-            positional.append(word)
+            if word.startswith("-") and word != "-":
+                problems.append(f"{word}: options begin with two hyphens; a file of that name is ./{word}")
+            else:
+                positional.append(word)
             continue
         name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        if not _put(table, name.replace("-", "_").split("."), Flag(value)):
-            problems.append(f"--{name} is given twice, or both as a value and as a group")
-    return positional, table, problems
+        bare = not equals and (not rest or rest[0].startswith("--"))
+        if not equals and not bare:
+            value = rest.pop(0)
+        if problem := _put(table, name.replace("-", "_").split("."), _Bare("true") if bare else Flag(value)):
+            problems.append(f"--{name} {problem}")
+    return positional, table, list(dict.fromkeys(problems))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -161,16 +177,17 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _put(table: dict[str, Any], path: list[str], value: Flag) -> bool:
+def _put(table: dict[str, Any], path: list[str], value: Flag) -> str:
+    """Note a value; why that cannot be, or an empty string."""
     for key in path[:-1]:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
-            return False
+            return f"is given, and so is --{key} as a single option"
         table = inner
     if path[-1] in table:
-        return False
+        return "is given twice" if isinstance(table[path[-1]], Flag) else "is given both as a value and as a group"
     table[path[-1]] = value
-    return True
+    return ""
 
 
 def _overlay(config: Any, table: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -195,11 +212,16 @@ def _overlay(config: Any, table: Mapping[str, Any], prefix: str, problems: list[
             try:
                 changes[key] = _convert(given, hints[key])
             except ValueError as error:
-                problems.append(f"{name} = {given!r}: {error}")
+                bare = isinstance(given, Flag) and given.bare
+                problems.append(f"{name}{' is given without a value' if bare else f' = {given!r}'}: {error}")
     return dataclasses.replace(config, **changes)
 
 
 def _nearest_option(name: str, config: Any, prefix: str) -> str:
+    """A hint: the options that end in that name, further down, or else the nearest name."""
+    inner = [leaf.name for leaf in options(config, prefix) if leaf.name.endswith("." + name.removeprefix(prefix))]
+    if inner:
+        return f" (did you mean {' or '.join(map(repr, inner[:3]))}?)"
     return nearest(name, [prefix + field.name for field in dataclasses.fields(config)])
 
 
@@ -229,7 +251,7 @@ def _convert(given: Any, kind: Any) -> Any:
         return _convert(given, inner[0])
     if origin is tuple:
         parts: Any = given
-        if isinstance(given, Flag):
+        if isinstance(given, Flag) and not given.bare:
             parts = [Flag(part) for part in given.split(",") if part]
         if not isinstance(parts, list | tuple):
             raise ValueError("must be a list")
@@ -254,7 +276,7 @@ def _convert_scalar(given: Any, kind: Any) -> Any:
                     return value
         raise ValueError("must be a finite number")
     if kind is str:
-        if isinstance(given, str):
+        if isinstance(given, str) and not (isinstance(given, Flag) and given.bare):
             return str(given)
         raise ValueError("must be text")
     raise typing.assert_never(kind)

@@ -94,6 +94,25 @@ def test_rows(kind: str, size: int, dtype: torch.dtype, compiled: None, monkeypa
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 5, 16, 17, 48, 211, 8195])
+def test_first_largest(size: int, dtype: torch.dtype, compiled: None) -> None:
+    x = tensor(23, size).mul(4).round().to(dtype)  # many equals
+    x[1], x[2, size // 2 :], x[3, -1], x[4, 0] = -torch.inf, -torch.inf, torch.inf, torch.nan
+    x[5, size // 3], x[5, -1], x[6, -1], x[7] = torch.nan, torch.nan, torch.nan, 0.0
+    x[7, ::2] = -0.0
+    want = [(max(row, key=lambda v: (v != v, v)), row) for row in x.tolist()]
+    with torch.inference_mode():
+        found = inference.first_largest(x)
+        assert found is not None
+        assert inference.first_largest(x.double()) is None
+        assert inference.first_largest(x.t()[:, :20]) is None or size == 1
+    assert inference.first_largest(x) is None, "gradients may be recorded"
+    for value, place, (largest, row) in zip(*(part.tolist() for part in found), want, strict=True):
+        first = next(i for i, v in enumerate(row) if v == largest or (v != v and largest != largest))
+        assert place == first and (value == largest or value != value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_of_extremes(dtype: torch.dtype, compiled: None) -> None:
     gate = torch.tensor([0.0, -0.0, 200, -200, 1e30, -1e30, -86, 88, 1e-30, float("inf"), float("nan")]).to(dtype)
     x = torch.cat([gate, torch.ones_like(gate)])[None]

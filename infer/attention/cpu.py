@@ -60,13 +60,17 @@ class Job(ctypes.Structure):
             (width * token, width * head) for token, head, _ in (x.stride() for x in (q_TNH, k_TKH, v_TKH))
         )
 
-    def aim(self, step: StepBatch, group: int) -> None:
+    @staticmethod
+    def place(step: StepBatch, group: int) -> tuple[int, ...]:
+        """The requests of a step, for :meth:`aim`: the same for all layers of a page group."""
+        table, places = step.table[group], (step.context_R, step.starts_R, step.slots_T[group])
+        numbers = table.stride(0), table.shape[0], len(step), torch.get_num_threads()
+        return table.data_ptr(), *(tensor.data_ptr() for tensor in places), *numbers
+
+    def aim(self, place: tuple[int, ...]) -> None:
         """At the requests of a step."""
-        table = step.table[group]
-        self.table, self.context = table.data_ptr(), step.context_R.data_ptr()
-        self.starts, self.slots = step.starts_R.data_ptr(), step.slots_T[group].data_ptr()
-        self.table_row, self.requests, self.tokens = table.stride(0), table.shape[0], len(step)
-        self.threads = torch.get_num_threads()
+        self.table, self.context, self.starts, self.slots, *numbers = place
+        self.table_row, self.requests, self.tokens, self.threads = numbers
 
     def verify(self, status: int, group: int) -> None:
         """Look at what the kernel returned."""
@@ -131,6 +135,6 @@ class CpuAttention:
             job.point(pages)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
         job.give(q, k, v, out, window)
-        job.aim(step, group)
+        job.aim(Job.place(step, group))
         job.verify(self.entry(q_TNH.dtype)(ctypes.byref(job)), group)
         return out

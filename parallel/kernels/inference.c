@@ -80,7 +80,7 @@ typedef struct {
     int (*call)(const char *);
     int64_t next; /* unit that nobody has taken yet */
 } Op;
-enum { NORM, ROTATE, SWIGLU, PRODUCT, GATED, EMBED, CALL };
+enum { NORM, ROTATE, SWIGLU, PRODUCT, GATED, EMBED, LARGEST, CALL };
 
 INLINE void norm_row(const char *x, const char *weight, char *out, int64_t n, float eps, int half) {
     vec sums = {0};
@@ -261,6 +261,34 @@ static void embed_row(const Op *op, int64_t row, int half) {
     if (at >= 0 && at < op->count) memcpy(op->out + row * bytes, op->weight + at * bytes, (size_t)bytes);
 }
 
+/* The largest of n values and the first place where it stands; NaN is larger than all. */
+INLINE void largest_row(const char *x, float *value, int64_t *place, int64_t n, int half) {
+    ivec lanes, where = {0}, bad = {0};
+    vec top = {0};
+    for (int i = 0; i < LANES; i++) lanes[i] = i, top[i] = -INFINITY;
+    for (int64_t i = 0; i + LANES <= n; i += LANES) {
+        vec v = load(x, i, n, half);
+        ivec more = v > top, at = lanes + (int32_t)i;
+        bad |= v != v;
+        top = (vec)((more & (ivec)v) | (~more & (ivec)top));
+        where = (more & at) | (~more & where);
+    }
+    float best = top[0];
+    int64_t at = where[0], whole = n / LANES * LANES, some = 0;
+    for (int i = 1; i < LANES; i++)
+        if (top[i] > best || (top[i] == best && where[i] < at)) best = top[i], at = where[i];
+    for (int i = 0; i < LANES; i++) some |= bad[i];
+    for (int64_t i = some ? 0 : whole; i < n; i++) {
+        float v = load(x, i, i + 1, half)[0];
+        if (v != v) {
+            best = v, at = i;
+            break;
+        }
+        if (v > best) best = v, at = i;
+    }
+    *value = best, *place = best == -INFINITY ? 0 : at;
+}
+
 INLINE void do_row(const Op *op, int64_t row, int half) {
     int64_t size = half ? 2 : 4, step = op->width * size;
     switch (op->kind) {
@@ -272,6 +300,9 @@ INLINE void do_row(const Op *op, int64_t row, int half) {
                             (const float *)op->more + row * op->n, op->count, op->n, half); break;
     case SWIGLU: swiglu_row(op->x + row * step, op->out + row * op->n * size, op->n, half); break;
     case EMBED: embed_row(op, row, half); break;
+    case LARGEST:
+        largest_row(op->x + row * step, (float *)op->out + row, (int64_t *)op->more + row, op->n, half);
+        break;
     }
 }
 

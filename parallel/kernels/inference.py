@@ -18,6 +18,7 @@ __all__ = [
     "Op",
     "Panels",
     "Program",
+    "first_largest",
     "kernels",
     "norm",
     "norm_heads_",
@@ -30,7 +31,7 @@ __all__ = [
 _SOURCE = Path(__file__).with_name("inference.c")
 _FLAGS = (("-march=native", "-fopenmp", "-ffp-contract=off"),)
 _DTYPES = (torch.float32, torch.bfloat16)
-_NORM, _ROTATE, _SWIGLU, _PRODUCT, _GATED, _EMBED, _CALL = range(7)
+_NORM, _ROTATE, _SWIGLU, _PRODUCT, _GATED, _EMBED, _LARGEST, _CALL = range(8)
 
 
 class Op(ctypes.Structure):
@@ -113,6 +114,18 @@ def _norm_heads(x_TO: Tensor, first: int, heads: int, weight_H: Tensor, eps: flo
     size, weight = len(weight_H), weight_H.data_ptr()
     x = x_TO.data_ptr() + first * size * x_TO.element_size()
     return Op(kind=_NORM, x=x, out=x, weight=weight, width=x_TO.shape[1], n=size, count=heads, eps=eps)
+
+
+def first_largest(x_RV: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The largest value of each row, in float32, and the first place where it stands; None: torch is to do it."""
+    library = _library(x_RV)
+    if library is None or x_RV.dim() != 2 or not x_RV.shape[1]:
+        return None
+    (rows, size), kind = x_RV.shape, torch.float32
+    values, places = x_RV.new_empty(rows, dtype=kind), x_RV.new_empty(rows, dtype=torch.int64)
+    op = Op(kind=_LARGEST, x=x_RV.data_ptr(), out=values.data_ptr(), more=places.data_ptr(), width=size, n=size)
+    _run(library, op, rows, x_RV.dtype, alone=x_RV.numel() <= 65536)
+    return values, places
 
 
 def rotate_(x_TO: Tensor, heads: int, cos_TH: Tensor, sin_TH: Tensor) -> bool:

@@ -25,8 +25,9 @@ def angles(config: DecoderConfig, batch: Batch) -> Angles:
     else:
         inverse = _on(config, batch.positions_T.device)
     turns = batch.positions_T.float()[:, None] * inverse
-    scale = _attention_factor(rope) if rope.scaling == "yarn" else 1.0
-    return turns.cos() * scale, turns.sin() * scale
+    if rope.scaling == "yarn" and (scale := _attention_factor(rope)) != 1.0:
+        return turns.cos() * scale, turns.sin() * scale
+    return turns.cos(), turns.sin()
 
 
 @functools.lru_cache(maxsize=64)
