@@ -137,7 +137,8 @@ class Lowered:
 def _problems(model: Decoder) -> Iterator[str]:
     """What there are no kernels for, or no memory."""
     config = model.config
-    if model.embedding is None or model.head is None or model.embedding.axis.size > 1:
+    embedding, head = model.embedding, model.head
+    if embedding is None or head is None or embedding.axis.size > 1 or len(model.layers) < config.layers:
         yield "the model is shared by several ranks"
         return
     if config.norm != "rms":

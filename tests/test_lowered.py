@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
+from ranks import Ranks
 from test_llm import MODELS, config_of, folders, work  # noqa: F401 - a fixture
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from infer.lowered import Lowered
 from parallel.errors import ConfigError, DataError
 from parallel.kernels import inference
 from parallel.kernels.inference import Program, panels, panels_product
+from parallel.mesh import Layout, Mesh
+
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +172,51 @@ def test_a_program_reads_no_row_that_its_table_has_not() -> None:
     assert out.tolist() == [[5, 6, 7, 8, 9], [-7] * 5, [-7] * 5]
 
 
+def test_what_does_not_fit_a_program_is_refused() -> None:
+    held, program = done(panels(torch.zeros(6, 4))), Program(torch.float32, 3)
+    x, out = program.memory(4), program.memory(6)
+    with pytest.raises(ValueError, match=r"\(3, 6\) does not fit 3 rows of 4"):
+        program.product(out, held, out)
+    for narrow in (program.memory(5), torch.zeros(2, 6), torch.zeros(6, 3).t()):
+        with pytest.raises(ValueError, match="does not fit 3 rows of 6"):
+            program.product(x, held, narrow)
+    with pytest.raises(ValueError, match="does not fit 3 rows of 3"):
+        program.gated(x, held, out)
+    with pytest.raises(ValueError, match=r"in a program in torch\.float32"):
+        program.product(x, held, out.bfloat16())
+    with pytest.raises(ValueError, match="a bias"):
+        program.product(x, held, out, torch.zeros(5))
+    program.product(x, held, out)
+    for rows in (-1, 4):
+        with pytest.raises(ValueError, match="rows of 3"):
+            program.run(rows)
+
+
+def test_gates_without_a_panel_of_their_own_share_memory() -> None:
+    held, program = done(panels(torch.zeros(66, 4))), Program(torch.float32, 2)
+    taken, memory = [], program.memory
+    program.memory = lambda *size: taken.append(size) or memory(*size)  # pyright: ignore[reportAttributeAccessIssue]
+    for _ in range(3):
+        program.gated(memory(4), held, memory(33))
+    assert taken == [(66,)]
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
+def test_a_shared_model_is_not_lowered(ranks: Ranks, folders: dict[str, Path], degrees: tuple[int, int]) -> None:  # noqa: F811
+    """The last stage of a tied model has embedding and head, and is not the model for that."""
+    tp, pp = degrees
+    for told in ranks.run(check_shared, world=2, folder=str(folders["qwen2"]), tp=tp, pp=pp):
+        assert told == "graphs = on: the model is shared by several ranks"
+
+
+def check_shared(folder: str, tp: int, pp: int) -> str:
+    mesh = Mesh.build(Layout(tp=tp, pp=pp))
+    assert LLM(folder, mesh=mesh, config=config_of()).engine.runner.graphs is None
+    with pytest.raises(ConfigError) as caught:
+        LLM(folder, mesh=mesh, config=EngineConfig(graphs="on", cache=CacheConfig(memory_gib=0.01)))
+    return str(caught.value)
+
+
 def test_an_odd_number_of_bfloat16_inputs_is_refused() -> None:
     held = panels(torch.zeros(4, 3, dtype=torch.bfloat16))
     if held is None:
@@ -176,7 +226,7 @@ def test_an_odd_number_of_bfloat16_inputs_is_refused() -> None:
         program.product(program.memory(3), held, program.memory(4))
 
 
-def done(result: Tensor | None) -> Tensor:
+def done(result: T | None) -> T:
     assert result is not None
     return result
 

@@ -218,7 +218,8 @@ def _product(x_TI: Tensor, weight: Panels, bias_O: Tensor | None, out_TO: Tensor
 class Program:
     """Ops one after the other, on memory of their own, for any number of rows up to some: one call does them all.
 
-    They have the bits of the functions above.
+    They have the bits of the functions above. A program is for one thread at a time. It holds on to the memory that it
+    was given, so a parameter whose data is replaced afterwards has to be given again.
 
     Args:
         dtype: of all values.
@@ -233,6 +234,7 @@ class Program:
         if library is None or dtype not in _DTYPES:
             raise ConfigError(f"no compiled kernels of inference in {dtype}")
         self.dtype, self.rows, self._library = dtype, rows, library
+        self._scratch: dict[int, Tensor] = {}
         self._ops: list[Op] = []
         self._kept: list[object] = []
         self._array: ctypes.Array[Op] | None = None
@@ -243,11 +245,11 @@ class Program:
 
     def _add(self, op: Op, *kept: object) -> None:
         self._ops.append(op)
-        self._kept += kept
+        self._kept += [one.detach() if isinstance(one, Tensor) else one for one in kept]
         self._array = None
 
     def norm(self, x_TD: Tensor, weight_D: Tensor, out_TD: Tensor, eps: float) -> None:
-        """RMSNorm; the arguments, as everywhere here, are looked at when the program runs."""
+        """RMSNorm."""
         self._add(_norm(x_TD, weight_D, out_TD, eps), x_TD, weight_D, out_TD)
 
     def norm_heads(self, x_TO: Tensor, first: int, heads: int, weight_H: Tensor, eps: float) -> None:
@@ -269,25 +271,40 @@ class Program:
 
         Raises:
             ConfigError: in bfloat16 an odd number of inputs would have to be padded.
+            ValueError: something has another size or precision than the weight.
         """
+        self._check(x_TI, weight, out_TO, weight.out)
+        if bias_O is not None and (bias_O.shape != (weight.out,) or bias_O.dtype != self.dtype):
+            raise ValueError(f"a bias {tuple(bias_O.shape)} in {bias_O.dtype} for {weight.out} in {self.dtype}")
+        self._add(_product(x_TI, weight, bias_O, out_TO, add), x_TI, weight, out_TO, bias_O)
+
+    def _check(self, x_TI: Tensor, weight: Panels, out_TO: Tensor, out: int) -> None:
+        """Raise what :meth:`product` raises."""
         if weight.data.shape[1] * weight.data.shape[3] != weight.in_:
             raise ConfigError(f"a product of {weight.in_} inputs in {self.dtype} needs padding")
-        self._add(_product(x_TI, weight, bias_O, out_TO, add), x_TI, weight, out_TO, bias_O)
+        for given, size in ((x_TI, weight.in_), (out_TO, out)):
+            if given.shape[1] != size or len(given) < self.rows or not given.is_contiguous():
+                raise ValueError(f"{tuple(given.shape)} does not fit {self.rows} rows of {size}")
+        if not x_TI.dtype == out_TO.dtype == weight.data.dtype == self.dtype:
+            raise ValueError(f"{x_TI.dtype}, {weight.data.dtype} and {out_TO.dtype} in a program in {self.dtype}")
 
     def gated(self, x_TI: Tensor, weight: Panels, out_TF: Tensor) -> None:
         """:meth:`product` with a weight of gates (F, in) before ups (F, in), and :meth:`swiglu`, as one.
 
         Raises:
-            ConfigError: as there.
+            ConfigError, ValueError: as there.
         """
         columns, size = weight.data.shape[2], weight.out // 2
+        self._check(x_TI, weight, out_TF, size)
         if size % columns:
-            gate_up = self.memory(weight.out)
-            self.product(x_TI, weight, gate_up)
-            self.swiglu(gate_up, out_TF)
+            if weight.out not in self._scratch:
+                self._scratch[weight.out] = self.memory(weight.out)
+            self.product(x_TI, weight, self._scratch[weight.out])
+            self.swiglu(self._scratch[weight.out], out_TF)
         else:
-            self.product(x_TI, weight, out_TF)
-            self._ops[-1].kind, self._ops[-1].width = _GATED, size
+            op = _product(x_TI, weight, None, out_TF)
+            op.kind, op.width = _GATED, size
+            self._add(op, x_TI, weight, out_TF)
 
     def embed(self, rows_T: Tensor, table_VD: Tensor, out_TD: Tensor) -> None:
         """Rows of a table by their numbers, int64; where there is no such row, ``out`` is left as it was."""
@@ -301,7 +318,13 @@ class Program:
         self._add(Op(kind=_CALL, x=ctypes.addressof(argument), call=address), function, argument)
 
     def run(self, rows: int) -> int:
-        """Do everything with the first ``rows`` rows; 0, or what a call returned."""
+        """Do everything with the first ``rows`` rows; 0, or what a call returned.
+
+        Raises:
+            ValueError: there are not so many rows.
+        """
+        if not 0 <= rows <= self.rows:
+            raise ValueError(f"{rows} rows of {self.rows}")
         if self._array is None:
             self._array = (Op * len(self._ops))(*self._ops)
         half, threads = self.dtype == torch.bfloat16, torch.get_num_threads()
