@@ -120,7 +120,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"structured_outputs": {}}, "structured_outputs", "give one of"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "give one of"),
-    ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern", "no such field"),
+    ({"structured_outputs": {"whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern", "not supported"),
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", ""),
     ({"structured_outputs": {"json": 3}}, "structured_outputs", ""),

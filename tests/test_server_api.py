@@ -280,6 +280,7 @@ def test_models_tokens_version_and_document(client: openai.OpenAI, served: Serve
         assert offline.tokenizer.decode(chat).endswith("Tea or no tea?\n[assistant] ")
         assert http.get("/version").json() == {"version": "1"}
         assert http.get("/health/live").json() == http.get("/health/ready").json() == {"status": "ok"}
+        assert http.get("/health").json() == {"status": "ok"}
         document = http.get("/openapi.json").json()
         assert {route.path.replace("{name:path}", "{name}") for route in served.app.routes} == set(document["paths"])
         schemas = document["components"]["schemas"]

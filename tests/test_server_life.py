@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -193,6 +194,7 @@ def test_draining_finishes_what_is_under_way(folder: Path) -> None:
             served.app.state.drain()
             ready = httpx2.get(served.url + "/health/ready")
             assert (ready.status_code, ready.json()["error"]["code"]) == (503, "draining")
+            assert httpx2.get(served.url + "/health").json() == ready.json()
             assert httpx2.get(served.url + "/health/live").status_code == 200
             for method, path in (("POST", "/v1/completions"), ("POST", "/tokenize"), ("GET", "/v1/models")):
                 answer = httpx2.request(method, served.url + path, json=LONG if method == "POST" else None)
@@ -315,6 +317,42 @@ def test_metrics_count_by_fixed_labels(folder: Path) -> None:
         )
         own = create_metrics_app(served.app.state.server)
         assert [route.path for route in own.routes] == ["/metrics"]
+
+
+def first_token_s(served: Served, path: str, body: dict[str, Any], body_s: float = 0.0) -> float:
+    """The time to the first token by /metrics, of a request whose body takes so long to come."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    before = served.app.state.server.metrics.first.sum
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode())
+        time.sleep(body_s)
+        connection.sendall(data)
+        assert read(connection).startswith(b"HTTP/1.1 200 ")
+    return served.app.state.server.metrics.first.sum - before
+
+
+def test_the_time_to_the_first_token_begins_with_the_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Served(load(folder)) as served:
+        server, small = served.app.state.server, {**CHAT, "max_tokens": 2}
+        first_token_s(served, "/v1/chat/completions", small)
+        assert first_token_s(served, "/v1/chat/completions", small, body_s=1.0) < 0.9
+        converse, check = server.codec.converse, server.check_forms
+
+        async def rendered(*given: Any, **named: Any) -> Any:
+            await asyncio.sleep(0.6)
+            return await converse(*given, **named)
+
+        async def compiled(params: Any) -> None:
+            await asyncio.sleep(0.6)
+            await check(params)
+
+        monkeypatch.setattr(server.codec, "converse", rendered)
+        assert 0.6 <= first_token_s(served, "/v1/chat/completions", small) < 1.2
+        monkeypatch.setattr(server, "check_forms", compiled)
+        assert first_token_s(served, "/v1/completions", {**LONG, "max_tokens": 2}) >= 0.6
+        assert first_token_s(served, "/v1/chat/completions", small) >= 1.2
+        assert server.metrics.whole.sum >= server.metrics.first.sum
 
 
 def test_limits_that_cannot_be_are_refused_together(folder: Path) -> None:

@@ -73,7 +73,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     ],
     ("/v1/completions", {**TEXT, "logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias"),
     ("/v1/completions", {**TEXT, "logit_bias": {"5": "much"}}, "logit_bias"),
-    *[("/v1/completions", {**TEXT, "seed": s}, "seed") for s in (-1, 2**65, 1.5)],
+    *[("/v1/completions", {**TEXT, "seed": s}, "seed") for s in (-2, 2**65, 1.5)],
     *[("/v1/completions", {**TEXT, "best_of": b}, "best_of") for b in (0, 99)],
     ("/v1/completions", {**TEXT, "n": 3, "best_of": 2}, "best_of"),
     ("/v1/completions", {**TEXT, "n": 2, "temperature": 0}, "n"),
@@ -328,7 +328,8 @@ def test_every_route_but_liveness_asks_for_a_key(keyed: Served) -> None:
     assert raw(keyed.port, "/v1/models", "GET", f"Bearer {KEY}") == 200
     assert raw(keyed.port, "/v1/models", "GET", f"bearer {OTHER}") == 200
     assert raw(keyed.port, "/health/live", "GET", None) == 200
-    assert raw(keyed.port, "/health/ready", "GET", None) == 401
+    assert raw(keyed.port, "/health/ready", "GET", None) == raw(keyed.port, "/health", "GET", None) == 401
+    assert raw(keyed.port, "/health", "GET", f"Bearer {KEY}") == 200
     assert raw(keyed.port, "/v1/models", "GET", f"Bearer {KEY}", again=f"Bearer {OTHER}") == 401
 
 

@@ -188,16 +188,51 @@ def test_a_function_that_must_be_called(played: Played, client: openai.OpenAI) -
     assert form is not None and accepts(form.text, CALL) and not accepts(form.text, "text")
 
 
+def texts_of(played: Played, path: str, stream: bool, body: dict[str, Any]) -> tuple[str, str, list[Any]]:
+    """What is told as text, how it ended, and its calls."""
+    answer = httpx2.post(f"{played.url}/v1/{path}", json={"model": "tiny", "stream": stream, **body})
+    events = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+    if path == "responses":
+        value = events[-1]["response"] if stream else answer.json()
+        text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+        items = [item for item in value["output"] if item["type"] != "reasoning"]
+        text += "".join(item["content"][0]["text"] for item in items if item["type"] == "message")
+        return text, value["status"], [item["arguments"] for item in items if item["type"] == "function_call"]
+    if stream:
+        (*_, end), deltas = events, [event["choices"][0]["delta"] for event in events]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", []) if "id" in call]
+        return "".join(delta.get("content") or "" for delta in deltas), end["choices"][0]["finish_reason"], calls
+    choice = answer.json()["choices"][0]
+    return choice["message"]["content"] or "", choice["finish_reason"], choice["message"].get("tool_calls", [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["responses", "chat/completions"])
+def test_a_required_call_that_is_cut_leaves_no_text(played: Played, path: str, stream: bool) -> None:
+    given: dict[str, Any] = {"input": "x", "tools": [FLAT]}
+    if path != "responses":
+        given = {"messages": [{"role": "user", "content": "x"}], "tools": [WEATHER]}
+    for cut, count in ((0, 0), (1, 0), (4, 0), (12, 0), (20, 0), (40, 0), (len(CALL) - 3, 1), (len(CALL), 1)):
+        played.says(CALL[:cut], end="length")
+        text, end, calls = texts_of(played, path, stream, {**given, "tool_choice": "required"})
+        assert (text, end, len(calls)) == ("", "incomplete" if path == "responses" else "length", count), cut
+    for start in ("<th", f"{CALL}\n<tool_"):
+        played.says(start, end="length")
+        assert texts_of(played, path, stream, {**given, "tool_choice": "required"})[0] == ""
+    played.says(CALL[:20], end="length")  # where text may be, it may have been text
+    assert CALL[:20] in texts_of(played, path, stream, given)[0]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *[({name: value}, name) for name, value in (("store", True), ("background", True), ("previous_response_id", "a"))],
     *[({name: value}, name) for name, value in (("conversation", "a"), ("truncation", "auto"), ("top_logprobs", 3))],
     *[({name: value}, name) for name, value in (("include", ["reasoning.encrypted_content"]), ("prompt", {"id": "x"}))],
     *[({name: value}, name) for name, value in (("reasoning", {"effort": "low"}), ("nonsense", 1), ("input", []))],
     *[({name: value}, name) for name, value in (("input", ""), ("max_output_tokens", 0), ("stream", 1))],
-    ({"input": [{"type": "web_search_call"}]}, "input"),
+    ({"input": [{"type": "web_search_call"}]}, "input.type"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-        "input",
+        "input.content.type",
     ),
     ({"input": [{"type": "function_call_output", "call_id": "a", "output": "1"}]}, "input.call_id"),
     ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "["}]}, "input.arguments"),

@@ -224,7 +224,6 @@ class _Telling:
     def __init__(self, server: Server, exchange: Exchange, form: Form, tally: Tally, stream: bool) -> None:
         self.metrics, self.exchange, self.form, self.tally, self.stream = server.metrics, exchange, form, tally, stream
         self._opened: set[int] = set()
-        self._began = time.monotonic()
 
     async def take(self, place: int, event: Event) -> None:
         self._measure(place, event)
@@ -278,7 +277,7 @@ class _Telling:
             count = len(event.tokens)
             self.metrics.each.observe((now - own.when) / count, count)
         else:
-            self.metrics.first.observe(now - self._began)
+            self.metrics.first.observe(now - self.exchange.arrived)
         own.when = now
 
 

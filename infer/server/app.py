@@ -61,7 +61,7 @@ def create_app(engine: ServedEngine, model: ModelInfo, codec: Codec, config: Ser
     app = Starlette(
         routes=list(_routes(server)),
         middleware=[Middleware(RequireKey, keys=Keys(config.keys), page=config.page == "open", hosts=config.hosts)],
-        exception_handlers={HTTPException: partial(unrouted, server)},
+        exception_handlers={HTTPException: partial(unrouted, server, listed="; /openapi.json lists them")},
     )
     app.router.redirect_slashes = False
     app.state.server = server
@@ -98,6 +98,7 @@ def _routes(server: Server) -> list[Route | WebSocketRoute]:
         WebSocketRoute("/v1/stream", WebSockets(server, works)),
         route(OPEN, _live, "health", works=False),
         route("/health/ready", _ready, "health", works=False),
+        route("/health", _ready, "health", works=False),
         route("/version", _version, "other"),
         route("/openapi.json", _openapi, "other"),
     ]
@@ -127,7 +128,7 @@ async def _models(server: Server, exchange: Exchange) -> None:
 async def _model(server: Server, exchange: Exchange) -> None:
     name = exchange.scope["path_params"]["name"]
     if name not in server.model.names:
-        raise ApiError(404, "model: there is no model of this name", param="model", code="model_not_found")
+        raise server.no_model()
     await exchange.json(_card(server, name))
 
 
@@ -184,11 +185,12 @@ async def metrics(server: Server, exchange: Exchange) -> None:
     await exchange.text("\n".join(lines) + "\n", PROMETHEUS)
 
 
-async def unrouted(server: Server, request: Request, error: Exception) -> Response:
-    """What is no route, or not by this method."""
+async def unrouted(server: Server, request: Request, error: Exception, *, listed: str = "") -> Response:
+    """What is no route, or not by this method; ``listed``: where one finds them."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    messages = {404: "there is no such route", 405: "this route has other methods"}
-    answer = ApiError(status, messages.get(status, "an error"))
     allowed = dict(getattr(error, "headers", None) or {})
+    other = f"this route has other methods: {allowed.get('Allow', 'not this')}"
+    messages = {404: f"there is no such route{listed}", 405: other}
+    answer = ApiError(status, messages.get(status, "an error"))
     server.metrics.count("other", status, "")
     return Response(encode(answer.body()), status, headers=allowed, media_type="application/json")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from infer.params import SamplingParams
+from infer.server import foreign
 from infer.server.body import Body
-from infer.server.errors import ApiError, invalid, of_validation
+from infer.server.errors import MOST, ApiError, invalid, told
 from infer.server.forms import ResponseFormat, StructuredOutputs, constraint_of
 from infer.server.messages import Message, Messages, Part, ToolChoice, Tools, check_calls, check_tools
+from infer.server.response_body import ResponsesBody
+from infer.server.wording import Problem, problems_of, shown
 
 __all__ = [
     "Body",
@@ -116,7 +121,7 @@ class SamplingBody(Body):
         given: dict[str, Any] = {}
         for name in _SAME:
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and not (value == -1 and name in _NONE_AS_WITH_VLLM):
                 given[name] = tuple(value) if isinstance(value, list) else value
         if self.bad_words is not None:
             given["bad_words"] = tuple(word if isinstance(word, str) else tuple(word) for word in self.bad_words)
@@ -132,6 +137,8 @@ class SamplingBody(Body):
 
 _FORMS = {"response_format", "structured_outputs"}
 _ELSEWHERE = {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "bad_words"} | _FORMS
+_NONE_AS_WITH_VLLM = ("top_k", "seed")
+"""With vLLM -1 stands for all tokens, and for a seed of its own choice."""
 _SAME = [name for name in SamplingBody.model_fields if name not in _ELSEWHERE]
 
 
@@ -238,6 +245,15 @@ _NEUTRAL: dict[type[Body], Mapping[str, tuple[Any, ...]]] = {
 """Fields of OpenAI's that this server does not honour, and with which values they ask for nothing (as null does)."""
 
 
+_ROUTES: dict[str, type[Body]] = {
+    "completions": CompletionBody,
+    "chat completions": ChatBody,
+    "responses": ResponsesBody,
+    "embeddings": EmbeddingBody,
+    "tokenize": TokenizeBody,
+    "detokenize": DetokenizeBody,
+}
+
 B = TypeVar("B", bound=Body)
 
 
@@ -248,29 +264,53 @@ def parse(kind: type[B], value: dict[str, Any]) -> B:
         ApiError: 400, with the name of what is wrong or not honoured.
     """
     neutral = _NEUTRAL.get(kind, kind.neutral)
-    left = {}
+    left, problems = {}, list[Problem]()
     for name, given in value.items():
         if name in _LABELS and name not in kind.model_fields:
-            _check_label(name, given)
+            problems += _of_label(name, given)
         elif name not in neutral:
             left[name] = given
-        elif given is not None and not any(type(own) is type(given) and own == given for own in neutral[name]):
-            raise invalid(f"{name}: this server does not do this", name, "unsupported_parameter")
+        elif not _asks_for_nothing(given, neutral[name]):
+            message = f"{name}: {_unknown(kind, name, known=True)}"
+            if "; " not in message:
+                message += "; leave it out" + "".join(f", or give {shown(own)}" for own in neutral[name][-1:])
+            problems.append(Problem(name, message, "unsupported_parameter"))
+    body = None
     try:
-        return kind.model_validate(left)
+        body = kind.model_validate(left)
     except ValidationError as error:
-        raise of_validation(error) from None
+        problems += islice(problems_of(error, left, partial(_unknown, kind)), 2 * MOST)
+    except ApiError as error:
+        if not problems:
+            raise
+        problems.append(Problem(error.param or "", error.message))
+    if body is None or problems:
+        raise invalid(told(problem.message for problem in problems), problems[0].param or None, problems[0].code)
+    return body
 
 
-def _check_label(name: str, value: Any) -> None:
+def _asks_for_nothing(given: Any, neutral: tuple[Any, ...]) -> bool:
+    if isinstance(given, dict) and {} in neutral:
+        return all(own is None for own in given.values())
+    return given is None or any(type(own) is type(given) and own == given for own in neutral)
+
+
+def _unknown(kind: type[Body], name: str, *, known: bool = False) -> str:
+    """What to say of a field that a body does not have."""
+    routes = {} if "." in name or kind not in _ROUTES.values() else _ROUTES
+    elsewhere = {route: own.model_fields for route, own in routes.items() if own is not kind}
+    return foreign.told(name, kind.model_fields, elsewhere, known=known)
+
+
+def _of_label(name: str, value: Any) -> Iterator[Problem]:
     """A text of at most 512 characters; ``metadata``: 16 of them, by name."""
     texts = list(value.values()) if name == "metadata" and isinstance(value, dict) else [value]
     if value is not None and (len(texts) > 16 or not all(isinstance(one, str) and len(one) <= 512 for one in texts)):
         kind = "at most 16 texts by name" if name == "metadata" else "a text"
-        raise invalid(f"{name}: must be {kind}, of at most 512 characters each", name)
+        yield Problem(name, f"{name}: must be {kind}, of at most 512 characters each")
 
 
 def _token(name: str) -> int:
     if not name.isascii() or not name.isdigit() or len(name) > 9:
-        raise ApiError(400, f"logit_bias: {name[:20]!r} is not a token id", param="logit_bias")
+        raise ApiError(400, f"logit_bias: {shown(name)} is not a token id", param="logit_bias")
     return int(name)

@@ -36,7 +36,8 @@ async def chat(server: Server, exchange: Exchange) -> None:
             raise invalid(f"top_logprobs: must be at least 0 and at most {most}", "top_logprobs")
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if given is not None and given < 1:
-        raise invalid("max_completion_tokens: must be at least 1", "max_completion_tokens")
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        raise invalid(f"{name}: must be at least 1", name)
     conversation = Conversation(
         messages=[message.plain() for message in body.messages],
         tools=body.tools or (),

@@ -71,6 +71,10 @@ def check_counts(body: SamplingBody, config: ServerConfig) -> None:
             raise invalid(f"{name}: must be at least 1 and at most {config.most_n}", name)
     if body.max_tokens is not None and body.max_tokens < 0:
         raise invalid("max_tokens: must not be negative", "max_tokens")
+    for name in ("n", "best_of"):
+        if body.temperature == 0 and (body.beams or 1) == 1 and (getattr(body, name) or 1) > 1:
+            why = "at temperature 0 every choice would be the same; ask for one, or give a higher temperature"
+            raise invalid(f"{name}: {why}", name)
     if body.stream:
         if (body.beams or 1) > 1:
             raise invalid("beams: a beam search cannot be streamed", "beams")

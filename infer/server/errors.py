@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from pydantic import ValidationError
 
 from parallel.errors import LockstepError
 
-__all__ = ["ApiError", "invalid", "of_problems", "of_validation"]
+__all__ = ["MOST", "ApiError", "invalid", "of_problems", "told"]
 
 LONGEST = 1000
 MOST = 5
+"""Problems that are told."""
 _INNER = re.compile(r"\b0x[0-9a-fA-F]{6,}\b|(?<![\w/.])(?:/[\w.@+~-]+){2,}/?")
 _FIELD = re.compile(r"^([a-z_]+(?:\.[a-z_]+)*)(?:\[[^\]]*\])?(?:\.\w+)* ?[=:]")
-_UNION = re.compile(r"(constrained-)?(str|int|float|bool)|.*[\[\]'].*")
-"""What pydantic calls the members of a union, which is no place in a body."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {
     400: "invalid_value",
@@ -77,28 +74,18 @@ def of_problems(problems: Iterable[str], names: Mapping[str, str] | None = None)
         problems: one sentence each.
         names: of fields that clients call otherwise.
     """
-    found = list(problems)
+    found = list(dict.fromkeys(problems))
     match = _FIELD.match(found[0]) if found else None
     param = match[1] if match else None
-    return invalid("; ".join(found[:MOST]), (names or {}).get(param, param) if param else None)
+    if param and (theirs := (names or {}).get(param)):
+        found[0], param = theirs + found[0].removeprefix(param), theirs
+    return invalid(told(found), param)
 
 
-def of_validation(error: ValidationError) -> ApiError:
-    """What pydantic says of a body, without the body."""
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = []
-    for entry in found[:MOST]:
-        where = ".".join(_places(entry["loc"]))[:100]
-        kinds = {"extra_forbidden": "this server knows no such field", "missing": "is required"}
-        lines.append(f"{where}: {kinds.get(entry['type'], entry['msg'])}")
-    first = found[0]
-    param = ".".join(part for part in _places(first["loc"]) if not part.isdigit())[:100] or None
-    codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
-    return invalid("; ".join(lines), param, codes.get(first["type"]))
-
-
-def _places(loc: Sequence[str | int]) -> list[str]:
-    return [str(part) for part in loc if isinstance(part, int) or not _UNION.fullmatch(part)]
+def told(problems: Iterable[str]) -> str:
+    """Problems as one sentence: each once, and not more than anybody reads."""
+    found = [*dict.fromkeys(problems)]
+    return "; ".join([*found[:MOST], *(["and more"] if len(found) > MOST else [])])
 
 
 def clean(message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ class Exchange:
         write_s: longest wait for the client to read.
 
     Attributes:
+        arrived: when all of it was there, by the monotonic clock.
         status: that was sent; 0: none yet.
         outcome: for statistics, where the status does not say it.
         began: whether the answer has begun.
@@ -77,7 +79,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, id: str, write_s: float) -> None:
         self.scope, self.receive, self.id = scope, receive, id
-        self.status, self.outcome = 0, ""
+        self.arrived, self.status, self.outcome = time.monotonic(), 0, ""
         self.names: dict[str, str] = {}
         self.failing: Callable[[ApiError], Iterable[dict[str, Any]]] = lambda error: (error.body(),)
         self._send, self._write_s = send, write_s
@@ -129,6 +131,7 @@ class Exchange:
         except TimeoutError:
             late = f"the body did not arrive within {seconds:g} s"
             raise ApiError(408, late, headers={"connection": "close"}) from None
+        self.arrived = time.monotonic()
         return read_object(data)
 
     async def write(self, message: Message) -> None:
@@ -196,13 +199,22 @@ def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
         value = msgspec.json.decode(data)
     except RecursionError:
         raise invalid(f"the {what} is nested too deeply") from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise invalid(f"the {what} is not JSON") from None
+    except UnicodeDecodeError:
+        raise invalid(f"the {what} is not JSON: it is not UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"the {what} is not JSON: {_reason(str(error)) if data else 'it is empty'}") from None
     if not isinstance(value, dict):
         raise invalid(f"the {what} must be a JSON object")
     if problem := _problem(value):
         raise invalid(f"the {what} {problem}")
     return value
+
+
+def _reason(told: str) -> str:
+    """What the reader of JSON says, without its name for the place of a value."""
+    if told.startswith("Input data was truncated"):
+        return "it ends too early"
+    return told.removeprefix("JSON is malformed: ").partition(" - at ")[0].lower()
 
 
 def check_parts(data: bytes | bytearray, what: str) -> None:

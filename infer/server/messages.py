@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from infer.server.body import Body
+from infer.server.body import Body, Lenient
 from infer.server.errors import ApiError, invalid
 from infer.server.exchange import DEEPEST, check_parts, read_object
 
@@ -92,7 +92,7 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 Content = str | Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=1024)]
 
 
-class Message(Body):
+class Message(Lenient):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -102,18 +102,14 @@ class Message(Body):
     tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: CallId | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nothing(cls, value: Any) -> Any:
-        absent = ("refusal", "audio", "function_call", "annotations")
-        if isinstance(value, dict):
-            return {name: own for name, own in value.items() if not (name in absent and (own is None or own == []))}
-        return value
+    unset = ("refusal", "audio", "function_call", "annotations")
 
     @model_validator(mode="after")
     def _of_its_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise invalid("messages.content: is required, but of an assistant that calls functions", "messages.content")
+            raise invalid(
+                "messages.content: is required, except of an assistant that calls functions", "messages.content"
+            )
         for name in ("tool_calls", "reasoning_content"):
             if self.role != "assistant" and getattr(self, name) is not None:
                 raise invalid(f"messages.{name}: only an assistant has any", f"messages.{name}")

@@ -26,6 +26,7 @@ _GETS = {
     "/v1/models/{name}": "a model",
     "/health/live": "whether the server answers",
     "/health/ready": "whether the engine makes steps and requests are taken",
+    "/health": "the same as /health/ready",
     "/version": "of the program",
     "/openapi.json": "this document",
     "/metrics": "counters, gauges and histograms for Prometheus",

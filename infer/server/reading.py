@@ -32,14 +32,18 @@ class Reading:
         calls: takes calls out of what is no reasoning; None: there are none.
         thinking: takes the reasoning off, and gives the rest to ``calls``; None: there is none.
         new_id: of a call.
+        required: the text is made to be calls; what is left at its end was cut off, and is no content.
 
     Attributes:
         calls: so far.
         ended: nothing follows.
     """
 
-    def __init__(self, calls: Parser | None, thinking: Thinking | None, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, calls: Parser | None, thinking: Thinking | None, new_id: Callable[[], str], *, required: bool = False
+    ) -> None:
         self._parser, self.thinking, self._new_id = thinking or calls, thinking, new_id
+        self._required = required
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self.calls: list[Called] = []
@@ -64,7 +68,8 @@ class Reading:
         if self.ended:
             return []
         self.ended = True
-        return self._kept(self._parser.flush() if self._parser else [])
+        left = self._parser.flush() if self._parser else []
+        return self._kept([piece for piece in left if not (self._required and piece.kind == "content")])
 
     def _kept(self, pieces: list[Piece]) -> list[Piece]:
         for piece in pieces:

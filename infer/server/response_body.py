@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from infer.constraint import Constraint
 from infer.params import SamplingParams
-from infer.server.body import Body
+from infer.server.body import Body, Lenient
 from infer.server.errors import invalid
 from infer.server.forms import of_schema
 from infer.server.messages import (
@@ -56,7 +56,7 @@ class MessageItem(Body):
     phase: str | None = None
 
 
-class CallItem(Body):
+class CallItem(Lenient):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -65,6 +65,8 @@ class CallItem(Body):
     arguments: str
     id: Id = None
     status: Status = None
+
+    unset = ("async", "caller", "namespace")
 
 
 class ResultItem(Body):
@@ -109,10 +111,12 @@ Item = Annotated[
 ]
 
 
-class FlatTool(Function):
+class FlatTool(Function, Lenient):
     """A function that the model may call."""
 
     type: Literal["function"]
+
+    unset = ("async", "allowed_callers", "defer_loading", "output_schema")
 
 
 class FlatChoice(NamedFunction):
@@ -143,10 +147,12 @@ class Format(Body):
         return of_schema({"type": "object"} if self.schema_ is None else self.schema_, "text.format")
 
 
-class Text(Body):
+class Text(Lenient):
     """What is said of the text of the answer."""
 
     format: Format = Format()
+
+    unset = ("verbosity", "format")
 
 
 class Options(Body):
@@ -193,6 +199,10 @@ class ResponsesBody(Body):
         "prompt_cache_key": (),
         "prompt_cache_retention": (),
         "moderation": (),
+        "access_programs": (),
+        "background_options": (),
+        "image": (),
+        "prompt_cache_options": (),
     }
 
     @model_validator(mode="after")

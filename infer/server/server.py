@@ -109,7 +109,7 @@ class Server:
         body = parse(kind, value)
         name = getattr(body, "model", None)
         if name is not None and name not in self.model.names:
-            raise ApiError(404, "model: there is no model of this name", param="model", code="model_not_found")
+            raise self.no_model()
         if isinstance(body, SamplingBody):
             exchange.names = {"constraint": body.form_field}
         return body
@@ -145,6 +145,12 @@ class Server:
     def unavailable(self, message: str, code: str | None = None) -> ApiError:
         """503, and when to come back."""
         return ApiError(503, message, code=code, headers=self._retry())
+
+    def no_model(self) -> ApiError:
+        """404, with the names that there are."""
+        names = ", ".join(f'"{name}"' for name in self.model.names[:5])
+        told = f"model: there is no model of this name; this server has {names}"
+        return ApiError(404, told, param="model", code="model_not_found")
 
     def _retry(self) -> dict[str, str]:
         return {"retry-after": str(self.config.retry_s)}

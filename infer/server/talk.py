@@ -52,6 +52,11 @@ class Conversation:
     param: str = "messages"
     form_field: str = "response_format"
 
+    @property
+    def required(self) -> bool:
+        """The answer must be a call."""
+        return self.choice not in (None, "auto", "none")
+
 
 @dataclass(frozen=True, slots=True)
 class Talk:
@@ -61,7 +66,8 @@ class Talk:
         work: for the engine.
         names: of the functions that may be called.
         form: how they are written; None: there are none.
-        eager: the answer is made to have the form of calls.
+        eager: the answer is made to have the form of calls, if it has any.
+        required: it is calls and nothing else.
         thought: reasoning comes first: ``opened`` by the prompt, ``possible``, or ``none``.
         form_field: the field that the form of the answer comes from.
     """
@@ -70,6 +76,7 @@ class Talk:
     names: tuple[str, ...]
     form: Format | None
     eager: bool
+    required: bool
     thought: str
     form_field: str
 
@@ -77,7 +84,7 @@ class Talk:
         """Of one choice."""
         calls = self.form.parser(self.names, eager=self.eager) if self.form and self.names else None
         thinking = None if self.thought == "none" else Thinking(opened=self.thought == "opened", rest=calls)
-        return Reading(calls, thinking, (self.form or PLAIN).new_id)
+        return Reading(calls, thinking, (self.form or PLAIN).new_id, required=self.required)
 
     @property
     def plain(self) -> bool:
@@ -155,7 +162,8 @@ async def prepare(
         asked = dataclasses.replace(asked, skip_special_tokens=False)
     names = tuple(tool.function.name for tool in tools)
     work = Work([prompt], [asked], conversation.param)
-    return Talk(work, names, form if names else None, eager, thought, "tools" if eager else conversation.form_field)
+    field = "tools" if eager else conversation.form_field
+    return Talk(work, names, form if names else None, eager, eager and conversation.required, thought, field)
 
 
 def _check_tools(tools: Sequence[Tool], conversation: Conversation, dialect: Dialect) -> None:
@@ -178,7 +186,7 @@ def _calls(
 ) -> Constraint | None:
     """What the answer must be for the sake of its calls; None: anything."""
     choice = conversation.choice
-    required = choice not in (None, "auto")
+    required = conversation.required
     strict = any(tool.function.strict for tool in tools)
     if not required and not strict and conversation.parallel and own is None:
         return None

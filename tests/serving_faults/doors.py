@@ -21,6 +21,7 @@ ROUTES = {
     "/v1/embeddings": "POST",
     "/tokenize": "POST",
     "/detokenize": "POST",
+    "/health": "GET",
     "/health/ready": "GET",
     "/metrics": "GET",
     "/version": "GET",
