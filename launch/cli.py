@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from launch.local import run_rank
-from parallel.config import Option
+from launch.spellings import foreign_spellings, take
+from parallel.config import Option, parse_flags
 from parallel.registry import Registry
 
-__all__ = ["Command", "help_text", "main", "positionals"]
+__all__ = ["Command", "command_line", "help_text", "in_groups", "main", "missing_folder", "positionals"]
 
 Command = Callable[[Sequence[str]], int]
 """A program: the arguments after its name -> exit code."""
@@ -55,6 +60,11 @@ machine; under torchrun, mpirun or srun each process is one rank. `lockstep COMM
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; 2 for input that was refused."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
+    if arguments[:1] == ["--version"]:
+        print(f"lockstep {version('lockstep')}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -85,14 +95,57 @@ def _ended_by_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def help_text(usage: str, leaves: Sequence[Option]) -> str:
-    """Usage, then one line an option: name, default, documentation."""
+def command_line(
+    arguments: Sequence[str], config: Any, refused: Mapping[str, str] | None = None
+) -> tuple[list[str], dict[str, Any], list[str]]:
+    """:func:`~parallel.config.parse_flags`, and what of it this program cannot honour, said in its own words.
+
+    Args:
+        arguments: after the command's name.
+        config: of the program, with its defaults.
+        refused: options of ``config`` that this program cannot use, and why; what of them is given is a problem.
+    """
+    given, table, problems = parse_flags(arguments)
+    for name, why in (refused or {}).items():
+        if take(table, name) is not None:
+            problems.append(f"--{name.replace('_', '-')}: {why}")
+    return given, table, problems + foreign_spellings(table, config)
+
+
+def help_text(usage: str, leaves: Sequence[Option], without: Iterable[str] = ()) -> str:
+    """Usage, then one line an option: name, default, documentation; ``without``: options and groups left out."""
+    hidden = tuple(without)
+    shown = [leaf for leaf in leaves if not in_groups(leaf.name, hidden)]
     lines = [usage, "", "options:"]
-    for leaf in leaves:
-        default = ",".join(map(str, leaf.default)) if isinstance(leaf.default, tuple) else str(leaf.default)
-        head = f"  --{leaf.name} {default}" if default else f"  --{leaf.name} ..."
-        lines.append(f"{head:<42} {leaf.doc}")
+    for leaf in shown:
+        head = f"  --{leaf.name.replace('_', '-')} {_as_typed(leaf.default) or '...'}"
+        choices = get_args(leaf.type) if get_origin(leaf.type) is Literal else ()
+        doc = leaf.doc if all(choice in leaf.doc for choice in choices) else f"{leaf.doc} [{' | '.join(choices)}]"
+        lines.append(f"{head:<42} {_hyphens(doc, leaves)}")
     return "\n".join(lines)
+
+
+def in_groups(name: str, groups: Iterable[str]) -> bool:
+    """Whether an option is one of these, or in a group that is."""
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
+
+
+def _as_typed(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(_as_typed, default))
+    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
+
+
+def _hyphens(doc: str, leaves: Sequence[Option]) -> str:
+    """Documentation that speaks of options as they are typed."""
+    names = {leaf.name for leaf in leaves} | {leaf.name.rpartition(".")[2] for leaf in leaves}
+    spelt = lambda word: word[0].replace("_", "-") if word[0].rpartition(".")[2] in names else word[0]  # noqa: E731
+    return re.sub(r"\b[a-z0-9.]+_[a-z0-9_.]*[a-z0-9]", spelt, doc)
+
+
+def missing_folder(name: str) -> list[str]:
+    """A problem, if there is no folder of that name (that none is named is another)."""
+    return [f"{name}: no such folder"] if name and not Path(name).is_dir() else []
 
 
 def positionals(names: Sequence[str], given: Sequence[str], problems: list[str]) -> list[str]:

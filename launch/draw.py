@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli import help_text, positionals
-from parallel.config import option, options, parse_flags, resolve
+from launch.cli import command_line, help_text, positionals
+from parallel.config import option, options, resolve
 from parallel.errors import ConfigError, ScheduleError
 from parallel.pp.draw import draw, grid, path_problems, summary
 from parallel.pp.schedule import Schedule, parse_schedule
@@ -52,7 +52,7 @@ class DrawConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, DrawConfig())
     if "help" in overrides:
         schedules = f"SCHEDULE is a file in the schedules' text form (x.txt) or one of: {', '.join(SCHEDULES)}"
         print(help_text(f"{USAGE}\n{schedules}", options(DrawConfig())))

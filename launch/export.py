@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, positionals
 from launch.recipe import PRECISIONS, Recipe
-from parallel.config import option, options, parse_flags, read_toml, resolve
-from parallel.errors import CheckpointError, RunFolderError, refuse
+from parallel.config import option, options, read_toml, resolve
+from parallel.errors import CheckpointError, refuse
 from parallel.hf import write_folder
 from parallel.tokenizer import end_of_text, load_tokenizer
 from zero.checkpoint import Checkpoint, latest
@@ -32,14 +32,14 @@ class ExportConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, ExportConfig())
     if "help" in overrides:
         print(help_text(USAGE, options(ExportConfig())))
         return 0
     run, target = positionals(["RUN", "MODEL_DIR"], given, problems)
+    if run and not (Path(run) / "config.toml").is_file():
+        problems.append(f"{run}: not a run folder (no config.toml)")
     config = resolve(ExportConfig(), overrides, extra=problems)
-    if not (Path(run) / "config.toml").is_file():
-        raise RunFolderError(f"{run}: not a run folder (no config.toml)")
     recipe = resolve(Recipe(), read_toml(Path(run) / "config.toml"))
     found = latest(Path(run) / "checkpoints")
     if found is None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, positionals
 from launch.recipe import PRECISIONS
-from parallel.config import option, options, parse_flags, resolve
+from parallel.config import option, options, resolve
 from parallel.hf import read_config, write_folder
 from zero.foreign import open_foreign
 from zero.foreign.names import Named, match
@@ -43,7 +43,7 @@ class ImportConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, ImportConfig())
     if "help" in overrides:
         print(help_text(USAGE, options(ImportConfig())))
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -13,10 +12,10 @@ from typing import Literal
 
 from infer import LLM, Completion, EngineConfig, Event, SamplingParams
 from infer.limits import Limits
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, missing_folder, positionals
 from launch.ranks import on_ranks
-from launch.recipe import PRECISIONS, Precision, layout_refusals
-from parallel.config import option, options, parse_flags, resolve
+from launch.recipe import NOT_YET, PRECISIONS, Precision, layout_refusals
+from parallel.config import option, options, resolve
 from parallel.errors import ConfigError, DataError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout, Mesh
@@ -30,6 +29,10 @@ _SAMPLING = (
     *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "seed", "n", "beams", "length_penalty", "stop", "ignore_eos"),
 )
+
+_REFUSED = {
+    "model": "the folder comes first, without an option: lockstep generate MODEL_DIR",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +67,7 @@ class GenerateConfig:
         """Why these options do not go together."""
         if bool(self.prompt) == bool(self.prompts):
             yield "give --prompt TEXT or --prompts FILE" + (", not both" if self.prompt else "")
-        yield from layout_refusals(self.layout, "cp", "ep", "etp")
-        yield from self.engine.problems()
+        yield from layout_refusals(self.layout)
         yield from self.sampling.problems()
 
     @property
@@ -77,13 +79,13 @@ class GenerateConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, GenerateConfig(), _REFUSED)
     if "help" in overrides:
-        print(help_text(USAGE, options(GenerateConfig())))
+        print(help_text(USAGE, options(GenerateConfig()), (*_REFUSED, *NOT_YET)))
         return 0
     (folder,) = positionals(["MODEL_DIR"], given, problems)
+    problems += missing_folder(folder)
     config = resolve(GenerateConfig(), overrides, extra=problems)
-    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, sequence_parallel=False))
     prompts = _prompts(config)
     refuse(ModelFolderError, check_folder(Path(folder)))
     model = read_config(Path(folder)).resolved()
@@ -105,7 +107,7 @@ def _prompts(config: GenerateConfig) -> list[str]:
     try:
         lines = Path(config.prompts).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{config.prompts}: {error}") from None
+        raise DataError(f"{config.prompts}: {getattr(error, 'strerror', None) or error}") from None
     refuse(DataError, [] if any(lines) else [f"{config.prompts}: no prompt in it"])
     return [line for line in lines if line]
 

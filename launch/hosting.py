@@ -15,6 +15,7 @@ from infer.audit import Stats
 from infer.server.client import RemoteEngine
 from infer.server.wire import KEY_BYTES
 from launch.env import Placement
+from launch.failures import Failure
 from launch.keepers import Board, Distant, Keeper, Seat, beat, own_address, visible_devices
 from launch.supervise import Life, LocalProcess, Supervisor
 from launch.worker import read_key
@@ -97,6 +98,7 @@ class Here:
     ) -> None:
         self._layout, self._command, self._environ, self._folder = layout, list(command), dict(environ), folder
         self._key_file = key_file or _new_key(folder)
+        self._told: set[str] = set()
 
     async def engine(self, replica: int) -> tuple[RemoteEngine, Life]:
         world, address = self._layout.world, str(self._folder / f"{replica}.sock")
@@ -108,7 +110,14 @@ class Here:
         if self._layout.dp > 1:
             cores = len(os.sched_getaffinity(0))
             environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world)))
-        return remote, LocalProcess([*self._command, *options], environ)
+        return remote, LocalProcess([*self._command, *options], environ, tell=self._tell)
+
+    def _tell(self, failure: Failure) -> None:
+        """What an engine says of its failure; why it refuses its input, once for all of them."""
+        for line in failure.problems or failure.text.splitlines():
+            if not (failure.problems and line in self._told):
+                say(line)
+        self._told.update(failure.problems)
 
     async def leaves(self) -> str:
         await asyncio.Event().wait()

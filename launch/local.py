@@ -8,6 +8,7 @@ nothing stays on the disk even when the parent is killed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import fcntl
 import json
@@ -19,26 +20,25 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launch.env import detect
-from parallel.errors import ConfigError, PipelineError, RankError, Refusal
+from launch.failures import Failure, account, last_lines, read_account, says_echo, tail, told
+from parallel.errors import ConfigError, RankError, Refusal
 
-__all__ = ["FOREIGN", "report_failure", "run_local", "run_rank", "tethered"]
+__all__ = ["FOREIGN", "report_environ", "report_failure", "report_file", "run_local", "run_rank", "tethered"]
 
 _POLL_S = 0.02
-_SHOWN_LINES = 60
+_PATIENCE_S = 5.0
+"""For the rank that failed first to say so, once others have lost touch with it."""
+_AFTER_S = 0.3
+"""That a rank waits before it says that it lost touch with another, which may have more to say."""
 _KEPT_BYTES = 64 << 20
 FOREIGN = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*|LOCKSTEP_.*"
     r"|OMPI_COMM_WORLD_.*|PMI_.*|MPI_LOCALRANKID|MPI_LOCALNRANKS|SLURM_PROCID|SLURM_LOCALID"
-)
-_ECHO = re.compile(
-    r"Connection (closed by peer|reset by peer|refused|was likely closed)|Broken pipe|gloo/transport/"
-    r"|remote process (has )?exited|communicator was aborted|recvValue failed|Failed to recv|sendBytes failed"
 )
 # A process that replaces itself keeps its death signal, so that any command can be tied to its parent this way.
 _TETHER = """
@@ -54,19 +54,6 @@ try:
 except OSError as error:
     sys.exit(f"cannot start {command[0]!r}: {error.strerror}")
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What is known of a failed rank; an echo is what a rank suffers because another one failed."""
-
-    rank: int
-    code: int
-    time: float
-    summary: str
-    text: str
-    echo: bool
-    problems: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -93,18 +80,16 @@ class _Rank:
         status = self.process.returncode
         return status if status >= 0 else 128 - status
 
-    def failure(self) -> _Failure | None:
+    def failure(self) -> Failure | None:
         """What went wrong with this rank, by its own account or by its exit; None if nothing did so far."""
         ended = self.ended()
-        if report := _parse(_tail(self.report)):
-            problems = tuple(map(str, report["problems"]))
-            what = (float(report["time"]), str(report["summary"]), str(report["text"]), bool(report["echo"]))
-            return _Failure(self.number, int(report["code"]), *what, problems)
+        if found := read_account(self.number, tail(self.report)):
+            return found
         if not ended or self.process.returncode == 0:
             return None
-        text = _last_lines(_tail(self.errors))
-        last = text.splitlines()[-1] if text else ""
-        return _Failure(self.number, self.code(), self.ended_at, "", text, bool(_ECHO.search(last)))
+        text = last_lines(tail(self.errors))
+        echo = 2 * says_echo(text.splitlines()[-1] if text else "")
+        return Failure(self.number, self.code(), self.ended_at, "", text, echo)
 
 
 def run_local(
@@ -177,12 +162,12 @@ def _shared_environ(environ: Mapping[str, str], world: int, port: int, threads: 
 def _start(
     number: int, command: Sequence[str], shared: Mapping[str, str], listener: socket.socket, stack: contextlib.ExitStack
 ) -> _Rank:
-    report = _unlinked_file(stack)
-    errors, output = (None, None) if number == 0 else (_unlinked_file(stack), _unlinked_file(stack))
+    report, *kept = (stack.enter_context(report_file()) for _ in range(1 if number == 0 else 3))
+    errors, output = kept or (None, None)
     own = {
         "LOCKSTEP_RANK": str(number),
         "LOCKSTEP_LOCAL_RANK": str(number),
-        "LOCKSTEP_REPORT_FD": f"{report.fileno()}:{os.fstat(report.fileno()).st_ino}",
+        **report_environ(report),
     }
     inherited = [report.fileno()]
     if number == 0:
@@ -203,10 +188,16 @@ def _start(
     return _Rank(number, process, report, errors, output)
 
 
-def _unlinked_file(stack: contextlib.ExitStack) -> IO[bytes]:
-    file = stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
+def report_file() -> IO[bytes]:
+    """A file without a name, to which whoever inherits it only appends; :func:`report_environ` tells of it."""
+    file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
     fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
     return file
+
+
+def report_environ(file: IO[bytes]) -> dict[str, str]:
+    """The variable that makes a child tell its failure to a file that it inherits, and not to stderr."""
+    return {"LOCKSTEP_REPORT_FD": f"{file.fileno()}:{os.fstat(file.fileno()).st_ino}"}
 
 
 @contextlib.contextmanager
@@ -256,44 +247,38 @@ def _watch(ranks: list[_Rank], received: list[int], grace_s: float) -> int:
     return 128 + stop if interrupted else 0
 
 
-def _counts(failure: _Failure | None, stop: int) -> bool:
+def _counts(failure: Failure | None, stop: int) -> bool:
     """Whether this is a failure indeed, not an effect of the signal that we forwarded."""
     if failure is None:
         return False
     return not (stop and (failure.echo or failure.code in (128 + signal.SIGTERM, 128 + signal.SIGINT)))
 
 
-def _settle(ranks: list[_Rank], stop: int) -> list[_Failure]:
-    """The failures, the first real one first: its echoes may have reached us before it."""
+def _settle(ranks: list[_Rank], stop: int) -> list[Failure]:
+    """The failures, the first real one first: its echoes may have reached us long before it.
+
+    A rank whose connections are gone may still be busy with its own end.
+    """
     since = time.monotonic()
     while True:
         failures = [failure for rank in ranks if (failure := rank.failure()) and _counts(failure, stop)]
-        real = any(not failure.echo for failure in failures)
-        if all(rank.ended() for rank in ranks) or time.monotonic() - since > (0.2 if real else 2.0):
+        patience_s = _PATIENCE_S if all(failure.echo for failure in failures) else 0.2
+        if all(rank.ended() for rank in ranks) or time.monotonic() - since > patience_s:
             return sorted(failures, key=lambda failure: (failure.echo, failure.time))
         time.sleep(_POLL_S)
 
 
-def _conclude(failures: list[_Failure], ranks: list[_Rank], grace_s: float) -> int:
+def _conclude(failures: list[Failure], ranks: list[_Rank], grace_s: float) -> int:
     """Show the first failure, end the other ranks, and return the exit code."""
-    first = failures[0]
-    if first.problems:
-        shown = dict.fromkeys(problem for failure in failures for problem in failure.problems)
-        print(*shown, sep="\n", file=sys.stderr, flush=True)
+    first = ranks[failures[0].rank]
+    spoken = last_lines(tail(first.output), 10)
+    if failures[0].problems and (fd := _report_fd()) is not None:  # who has started us may have heard it from others
+        whole = dataclasses.replace(failures[0], problems=tuple(told(failures, None, "")))
+        os.write(fd, json.dumps(dataclasses.asdict(whole)).encode())
     else:
-        how = f"exit code {first.code}"
-        status = ranks[first.rank].process.returncode
-        if status is not None and status < 0 and first.code == 128 - status:
-            how = f"killed by {signal.Signals(-status).name}, {how}"
-        lines = [
-            f"rank {first.rank} failed ({how})" + f": {first.summary}" * bool(first.summary),
-            *first.text.splitlines(),
-        ]
-        if spoken := _last_lines(_tail(ranks[first.rank].output), 10):
-            lines += [f"the last output of rank {first.rank}:", *spoken.splitlines()]
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        print(*told(failures, first.process.returncode, spoken), sep="\n", file=sys.stderr, flush=True)
     _end(ranks, min(grace_s, 3.0))
-    return first.code
+    return failures[0].code
 
 
 def _end(ranks: list[_Rank], wait_s: float) -> None:
@@ -309,24 +294,6 @@ def _end(ranks: list[_Rank], wait_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
-
-
-def _tail(file: IO[bytes] | None) -> str:
-    if file is None:
-        return ""
-    size = os.fstat(file.fileno()).st_size
-    return os.pread(file.fileno(), 1 << 18, max(0, size - (1 << 18))).decode(errors="replace")
-
-
-def _last_lines(text: str, count: int = _SHOWN_LINES) -> str:
-    return "\n".join(line[:500] for line in text.splitlines()[-count:])
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def run_rank(main: Callable[[], int]) -> int:
@@ -366,35 +333,22 @@ def _is_one_of_many() -> bool:
 
 def report_failure(error: BaseException) -> int:
     """Tell the parent of a local start, or else stderr, what went wrong; returns the exit code it deserves."""
-    problems = error.problems if isinstance(error, Refusal) else ()
-    code = 2 if problems else 1
-    text = _last_lines("".join(traceback.format_exception(error)))
-    summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[0][:300]
+    found = account(error)
+    code, problems, text = found["code"], found["problems"], found["text"]
     if (fd := _report_fd()) is not None:
-        report = {"time": time.monotonic(), "code": code, "echo": _is_echo(error), "summary": summary}
-        os.write(fd, json.dumps({**report, "text": text, "problems": problems}).encode())
+        os.write(fd, json.dumps(found).encode())
         return code
     with contextlib.suppress(Refusal):
         place = detect(os.environ)
         if place is not None and place.world > 1:
-            print(f"rank {place.rank} of {place.world}:", file=sys.stderr)
-            text = summary if _is_echo(error) else text
+            where = f"rank {place.rank} of {place.world}:"
+            if found["echo"] == 2:
+                time.sleep(_AFTER_S)
+                text = f"{where} lost touch with another rank: {found['summary']}"
+            else:
+                print(where, file=sys.stderr)
     print("\n".join(problems) or text, file=sys.stderr, flush=True)
     return code
-
-
-def _is_echo(error: BaseException | None) -> bool:
-    """Whether an error says only that another rank is gone."""
-    while error is not None:
-        if isinstance(error, PipelineError) and error.__cause__ is not None:
-            error = error.__cause__
-            continue
-        if isinstance(error, ConnectionError | RankError) or type(error).__name__ == "DistNetworkError":
-            return True
-        if isinstance(error, RuntimeError) and _ECHO.search(str(error)):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _report_fd() -> int | None:

@@ -30,6 +30,7 @@ from zero.schedule import ScheduleConfig
 from zero.trainer import TrainerConfig
 
 __all__ = [
+    "NOT_YET",
     "PRECISIONS",
     "BatchConfig",
     "Recipe",
@@ -42,6 +43,8 @@ __all__ = [
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 Precision = Literal["fp32", "bf16", "fp64"]
+NOT_YET = ("layout.cp", "layout.ep", "layout.etp")
+"""Options of kinds of parallelism that are not there yet; see :func:`layout_refusals`."""
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -101,13 +104,14 @@ class Recipe:
         if self.steps < 1:
             yield f"steps = {self.steps}: must be at least 1"
         yield from (f"trace: {problem}" for problem in (path_problems(Path(self.trace)) if self.trace else ()))
-        yield from layout_refusals(self.layout, "cp", "ep", "etp")
+        yield from layout_refusals(self.layout)
         if not self.init and self.layout.tp >= 1 and not any(True for _ in self.model.problems()):
             yield from self.model_problems()
         if self.zero.backend == "deepspeed":
             yield from engine_misfits(self.zero, self.dtype, self.layout.pp, traced=bool(self.trace))
         if self.layout.dp >= 1:
-            yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
+            if self.zero.shard_size >= 0 and self.zero.secondary >= 0:
+                yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
             batch = self.batch
             yield from (
                 f"batch: {problem}"
@@ -181,13 +185,12 @@ class Recipe:
         return Path(self.out).parent / "data" / hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def layout_refusals(layout: Layout, *names: str) -> Iterator[str]:
-    """Of some kinds of parallelism that are not there yet, those asked for, with the nearest layout that works."""
-    kinds = {"pp": "pipeline", "cp": "context", "ep": "expert", "etp": "expert-tensor"}
-    for name in names:
-        degree, what = getattr(layout, name), kinds[name]
+def layout_refusals(layout: Layout) -> Iterator[str]:
+    """Of the kinds of parallelism that are not there yet, those asked for, with the nearest layout that works."""
+    for name, what in {"cp": "context", "ep": "expert", "etp": "expert-tensor"}.items():
+        degree = getattr(layout, name)
         if degree > 1:
-            instead = f" with layout.dp = {layout.dp * degree}" if name in ("pp", "cp") else ""
+            instead = f" with layout.dp = {layout.dp * degree}" if name == "cp" else ""
             yield (
                 f"layout.{name} = {degree}: this version has no {what} parallelism; the nearest layout that works has "
                 f"layout.{name} = 1{instead}"

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, in_groups, positionals
 from launch.compare import opened
 from launch.ranks import check_world, first_alone, on_ranks
-from launch.recipe import Recipe
+from launch.recipe import NOT_YET, Recipe
 from launch.train import FREE, model_of
-from parallel.config import options, parse_flags, read_toml, resolve, to_table, to_toml
+from parallel.config import options, read_toml, resolve, to_table, to_toml
 from parallel.errors import RunFolderError, refuse
 from parallel.mesh import Mesh
 from zero import checkpoint
@@ -22,13 +22,16 @@ from zero.run import RunFolder
 __all__ = ["main"]
 
 USAGE = "lockstep reshard RUN NEW_RUN [--layout.tp 1 --layout.dp 4 --zero.stage 3 ...]"
+_REFUSED = {"out": "the new run is the second folder: lockstep reshard RUN NEW_RUN"}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, Recipe(), _REFUSED)
     if "help" in overrides:
-        print(help_text(USAGE, options(Recipe())))
+        print(
+            help_text(USAGE, [leaf for leaf in options(Recipe()) if in_groups(leaf.name, FREE)], (*NOT_YET, *_REFUSED))
+        )
         return 0
     source, target = map(Path, positionals(["RUN", "NEW_RUN"], given, problems))
     if not (source / "config.toml").is_file():

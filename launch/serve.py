@@ -13,10 +13,10 @@ from typing import Literal
 from infer import EngineConfig
 from infer.server.config import ServerConfig
 from infer.vectors import Task, makes_vectors, trained_sizes
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, missing_folder, positionals
 from launch.ranks import check_world, on_ranks
-from launch.recipe import PRECISIONS, Precision, layout_refusals
-from parallel.config import option, options, parse_flags, resolve
+from launch.recipe import NOT_YET, PRECISIONS, Precision, layout_refusals
+from parallel.config import option, options, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.mesh import Layout
@@ -33,7 +33,11 @@ except ModuleNotFoundError as missing:
 __all__ = ["main"]
 
 USAGE = "lockstep serve MODEL_DIR [--host 127.0.0.1 --port 8000 --layout.tp 2 ...]"
-_HIDDEN = ("channel", "channel_key", "ranks_here")
+_REFUSED = {
+    "http.keys": "whoever may list processes would read them: give --keys-file FILE",
+    "model": "the folder comes first, without an option: lockstep serve MODEL_DIR",
+}
+_HIDDEN = (*_REFUSED, *NOT_YET, "channel", "channel_key", "ranks_here")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +59,9 @@ class ServeConfig:
     http: ServerConfig = option(ServerConfig(), "limits")
     edge: EdgeConfig = option(EdgeConfig(), "connections")
     names: tuple[str, ...] = option((), "by which clients ask for the model (none: the name of its folder)")
-    keys_file: str = option("", "a file with an API key a line; with any, every route but /health/live asks for one")
+    keys_file: str = option(
+        "", "a file with an API key a line, and lines that begin with #; every route but /health/live asks for one then"
+    )
     admin_port: int = option(0, "port on 127.0.0.1 for /metrics, /engines and more; 0: none")
     admin_key_file: str = option("", "a file with the key that admin_port asks for")
     channel_key_file: str = option("", "a file with the same secret on every machine; needed by engines on several")
@@ -75,25 +81,20 @@ class ServeConfig:
             yield f"stall_s = {self.stall_s}: must be more than 0"
         if self.drain_s < 0:
             yield f"drain_s = {self.drain_s}: must not be negative"
-        yield from layout_refusals(self.layout, "cp", "ep", "etp")
-        yield from self.engine.problems()
-        yield from self.http.problems()
+        yield from layout_refusals(self.layout)
         if any(size < 1 for size in self.sizes):
             yield f"sizes = {','.join(map(str, self.sizes))}: must be at least 1"
-        yield from self.edge.problems()
-        if self.http.keys:
-            yield "http.keys: whoever may list processes would read them: give --keys-file FILE"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, ServeConfig(), _REFUSED)
     if "help" in overrides:
-        print(help_text(USAGE, [leaf for leaf in options(ServeConfig()) if leaf.name not in _HIDDEN]))
+        print(help_text(USAGE, options(ServeConfig()), _HIDDEN))
         return 0
     (name,) = positionals(["MODEL_DIR"], given, problems)
+    problems += missing_folder(name)
     config, folder = resolve(ServeConfig(), overrides, extra=problems), Path(name)
-    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, sequence_parallel=False))
     if config.channel:
         return _engine(config, folder, arguments)
     config = dataclasses.replace(config, http=_with_keys(config))
@@ -179,11 +180,19 @@ def _with_keys(config: ServeConfig) -> ServerConfig:
     """The limits, with the keys of the file."""
     if not config.keys_file:
         return config.http
+    where, seen, problems = f"keys_file = {config.keys_file!r}", dict[str, int](), list[str]()
     try:
-        lines = Path(config.keys_file).read_text().split()
+        lines = Path(config.keys_file).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"keys_file = {config.keys_file!r}: {getattr(error, 'strerror', None) or error}") from None
-    refuse(ConfigError, [] if lines else [f"keys_file = {config.keys_file!r}: no key in it"])
-    http = dataclasses.replace(config.http, keys=tuple(lines))
-    refuse(ConfigError, http.problems())
-    return http
+        raise ConfigError(f"{where}: {getattr(error, 'strerror', None) or 'is no text'}") from None
+    for number, line in enumerate(lines, 1):
+        key = line.strip()
+        if not key or key.startswith("#"):
+            continue
+        if key in seen:
+            problems.append(f"{where}: line {number}: the key of line {seen[key]} once more")
+        seen.setdefault(key, number)
+        for problem in ServerConfig(keys=(key,)).problems():
+            problems.append(f"{where}: line {number}: {problem.partition(': ')[2]}")
+    refuse(ConfigError, problems or ([] if seen else [f"{where}: no key in it"]))
+    return dataclasses.replace(config.http, keys=tuple(seen))

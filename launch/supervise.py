@@ -11,7 +11,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from launch.local import tethered
+from launch.failures import Failure, read_account, tail
+from launch.local import report_environ, report_file, tethered
 
 __all__ = ["Life", "LocalProcess", "Supervisor"]
 
@@ -47,25 +48,42 @@ class LocalProcess:
         command: an argument vector.
         environ: that it inherits.
         files: open files that it inherits.
+        tell: takes what it says of its own failure; None: it says so itself, on stderr.
     """
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], files: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        files: Sequence[int] = (),
+        tell: Callable[[Failure], None] | None = None,
+    ) -> None:
         self._command, self._environ, self._files = list(command), dict(environ), tuple(files)
         self._process: asyncio.subprocess.Process | None = None
+        self._tell, self._report = tell, None
 
     async def start(self) -> None:
+        environ, files = self._environ, self._files
+        if self._tell is not None:
+            self._report = report_file()
+            environ, files = environ | report_environ(self._report), (*files, self._report.fileno())
         self._process = await asyncio.create_subprocess_exec(
             *tethered(self._command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr,
-            env=self._environ,
-            pass_fds=self._files,
+            env=environ,
+            pass_fds=files,
             start_new_session=True,
         )
 
     async def wait(self) -> int:
         assert self._process is not None, "not started"
         code = await self._process.wait()
+        if self._tell is not None and self._report is not None:
+            report, self._report = self._report, None
+            with report:
+                if failure := read_account(0, tail(report)):
+                    self._tell(failure)
         return code if code >= 0 else 128 - code
 
     def ask_to_end(self) -> None:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, positionals
 from launch.deepspeed import check_deepspeed, deepspeed_optimizer
 from launch.ranks import check_world, first_alone, on_ranks, stop_signals
-from launch.recipe import Recipe, deepspeed_reading, load_recipe, recipes
-from parallel.config import options, parse_flags, to_table, to_toml
+from launch.recipe import NOT_YET, Recipe, deepspeed_reading, load_recipe, recipes
+from parallel.config import options, to_table, to_toml
 from parallel.errors import ModelFolderError, refuse
 from parallel.hf import check_folder, load_model
 from parallel.mesh import Mesh
@@ -64,9 +64,9 @@ VALIDATION_WINDOWS = 64
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, Recipe())
     if "help" in overrides:
-        print(help_text(f"{USAGE}\nrecipes: {', '.join(recipes())}", options(Recipe())))
+        print(help_text(f"{USAGE}\nrecipes: {', '.join(recipes())}", options(Recipe()), NOT_YET))
         return 0
     (name,) = positionals(["RECIPE"], given, problems)
     recipe = load_recipe(name, overrides, problems)

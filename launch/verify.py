@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from launch.cli import help_text, positionals
+from launch.cli import command_line, help_text, positionals
 from launch.ranks import check_world, first_alone, on_ranks
-from launch.recipe import Recipe, load_recipe, recipes
+from launch.recipe import NOT_YET, Recipe, load_recipe, recipes
 from launch.train import check_recipe, loader, model_of
 from parallel import comm, rng
-from parallel.config import options, parse_flags, resolve
+from parallel.config import options, resolve
 from parallel.errors import ConfigError, ModelFolderError, refuse
 from parallel.hf import check_folder, read_config
 from parallel.hf.table import whole_shards
@@ -39,6 +39,11 @@ TOLERANCE = {"fp64": (1e-10, 1e-9), "fp32": (2e-3, None), "bf16": (0.25, None)}
 """Largest relative difference of loss and gradients, and of weights after the steps. Below fp64 the weights are shown
 and not judged: Adam divides by the gradient's size, so that where a gradient is all rounding, so is its update."""
 
+_OF_RUNS = ("validate_every", "save_every", "save_async", "keep", "fall_back", "spike", "rewind", "slow", "fault")
+_REFUSED = {"trace": "verify draws nothing", "init": "verify takes the folder itself: lockstep verify MODEL_DIR"} | {
+    f"trainer.{name}": "of a run's life; verify makes a few steps and keeps nothing" for name in _OF_RUNS
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
@@ -51,9 +56,9 @@ class _Trace:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`. Exit code 1 where the layout is not equal."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, Recipe(), _REFUSED)
     if "help" in overrides:
-        print(help_text(f"{USAGE}\nrecipes: {', '.join(recipes())}", options(Recipe())))
+        print(help_text(f"{USAGE}\nrecipes: {', '.join(recipes())}", options(Recipe()), (*NOT_YET, *_REFUSED)))
         return 0
     (name,) = positionals(["MODEL_DIR_OR_RECIPE"], given, problems)
     overrides = {"steps": 3} | overrides

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -264,7 +265,7 @@ def test_bad_options_are_refused_by_name_all_at_once(capfd: pytest.CaptureFixtur
         assert "the context of slow is 1000" in capfd.readouterr().err
         assert main(["bench", "serve", server.url, "--model", "other"]) == 2
         assert "the server has slow" in capfd.readouterr().err
-    assert main(["bench", "--help"]) == 0 and "--objective.ttft_ms" in capfd.readouterr().out
+    assert main(["bench", "--help"]) == 0 and "--objective.ttft-ms" in capfd.readouterr().out
 
 
 def test_an_interrupt_tells_what_there_is(tmp_path: Path) -> None:
@@ -281,8 +282,29 @@ def test_an_interrupt_tells_what_there_is(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     (load,) = found["loads"]
     assert found["interrupted"] and load["outcomes"]["ok"] >= 4
-    assert load["outcomes"]["unfinished"] <= 2 and sum(load["outcomes"].values()) == 400
-    assert len(server.seen) <= load["outcomes"]["ok"] + load["outcomes"].get("unfinished", 0)
+    assert load["outcomes"].keys() == {"ok", "cut", "unsent"} and sum(load["outcomes"].values()) == 400
+    assert 1 <= load["outcomes"]["cut"] <= 2
+    assert len(server.seen) <= load["outcomes"]["ok"] + load["outcomes"]["cut"]
+    head, _, row = told.splitlines()[:3]
+    counts = {"429": "0", "fail": "0", "cut": str(load["outcomes"]["cut"]), "ok": str(load["outcomes"]["ok"])}
+    assert dict(zip(head.split("at a time")[1].split(), row.split()[1:5], strict=False)) == counts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_wait_for_a_server(tmp_path: Path, number: int) -> None:
+    """One that takes a connection and says nothing, and one that is being started."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for target in (address, write_model(tmp_path / "tiny")):
+            command = [sys.executable, "-m", "launch", "bench", "serve", str(target), "--out", str(tmp_path / "x.json")]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            if target == address:
+                silent.accept()
+            else:
+                time.sleep(3.0)
+            process.send_signal(number)
+            assert process.communicate(timeout=20) == ("", "")
+            assert process.returncode == 128 + number
 
 
 def test_a_server_is_started_for_a_folder_and_stopped(tmp_path: Path) -> None:

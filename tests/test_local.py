@@ -204,8 +204,28 @@ def test_the_first_failure_is_shown_first_and_echoes_are_not(capfd: pytest.Captu
     assert lines[0] == "rank 2 failed (exit code 1): ValueError: boom"
     assert lines[1].startswith("Traceback")
     assert "ValueError: boom" in lines[:20]
-    assert lines[-2:] == ["the last output of rank 2:", "last words"]
+    assert lines[-3:] == ["the last output of rank 2:", "last words", "after that rank 0, 3 lost touch with it"]
     assert not any("Connection closed" in line for line in lines)
+
+
+def test_what_a_rank_says_late_is_still_said_first(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its connections go while it still ends; and where its end itself is an echo, what came before that counts."""
+    lost = "RuntimeError('[gloo/transport/tcp/pair.cc:553] Connection closed by peer')"
+    for late in ("raise MemoryError('too much')", f"try: raise MemoryError('too much')\n    finally: raise {lost}"):
+        code = REPORTED + f"def main():\n    if rank == 0: raise {lost}\n    time.sleep(2.5)\n    {late}\n"
+        assert run_local(python(code + "sys.exit(run_rank(main))"), 2, environ=ENVIRON) == 1
+        lines = capfd.readouterr().err.splitlines()
+        assert lines[0] == "rank 1 failed (exit code 1): MemoryError: too much"
+        assert lines[-1] == "after that rank 0 lost touch with it"
+        assert len([line for line in lines if "rank 0" in line]) == 1
+
+
+def test_under_another_starter_a_lost_connection_is_one_line() -> None:
+    code = "import sys\nfrom launch.local import run_rank\n"
+    code += "def main(): raise RuntimeError('gloo/transport: Connection closed by peer')\nsys.exit(run_rank(main))"
+    done = subprocess.run(python(code), env={**ENVIRON, **TORCHRUN}, capture_output=True, text=True, check=False)
+    said = "lost touch with another rank: RuntimeError: gloo/transport: Connection closed by peer"
+    assert (done.returncode, done.stderr) == (1, f"rank 3 of 4: {said}\n")
 
 
 def test_a_rank_without_a_report_is_shown_by_its_stderr(capfd: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +239,8 @@ def test_a_rank_without_a_report_is_shown_by_its_stderr(capfd: pytest.CaptureFix
 def test_death_by_signal_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     code = RANK + "\nif rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(100)"
     assert run_local(python(code), 2, environ=ENVIRON) == 137
-    assert capfd.readouterr().err == "rank 1 failed (killed by SIGKILL, exit code 137)\n"
+    first = "rank 1 failed (killed by SIGKILL, exit code 137): "
+    assert capfd.readouterr().err == f"{first}if nobody did that, the system ran out of memory (dmesg says so)\n"
 
 
 def test_a_refusal_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:

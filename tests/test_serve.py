@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -25,8 +26,10 @@ from test_llm import LLAMA
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from infer import LLM, SamplingParams
+from launch.cli import main
+from launch.serve import ServeConfig, _with_keys
 from parallel.hf import save_model
-from parallel.mesh import Mesh
+from parallel.mesh import Layout, Mesh
 from parallel.models.build import Build
 from parallel.models.decoder import build_model
 
@@ -193,6 +196,10 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         ((str(folder), "--layout.tp", "3"), "tp"),
         ((str(folder), "--port", "70000"), "port = 70000"),
         ((str(folder), "--engine.cache.memory-gib", "0.0001"), "not enough memory for one sequence"),
+        (
+            (str(folder), "--engine.cache.memory-gib", "0.0001", "--layout.dp", "2"),
+            "not enough memory for one sequence",
+        ),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "launch", "serve", *arguments],
@@ -203,6 +210,50 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         )
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
+        lines = done.stderr.splitlines()
+        assert len(set(lines)) == len(lines), "by each engine, and told once"
+
+
+def refused(folder: Path, keys: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    assert main(["serve", str(folder), "--keys-file", str(keys)]) == 2
+    err = capfd.readouterr().err
+    assert "secret" not in err, "no part of a key is told"
+    return [line.removeprefix(f"keys_file = {str(keys)!r}: ") for line in err.splitlines()]
+
+
+def test_a_file_of_keys_may_have_comments_and_what_is_wrong_is_named_by_its_line(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\n\nsecret-one-1\n  \n  # old\nsecret-two-2  \r\nsecret#three\n")
+    found = _with_keys(ServeConfig(keys_file=str(keys))).keys
+    assert found == ("secret-one-1", "secret-two-2", "secret#three")
+    keys.write_text("# few\nsecret\n\nsecret-one-1\nsecret two three\nsecret-one-1\nsecret-\u00fc-long\n")
+    wrong = "must be at least 8 printable ASCII characters without spaces"
+    assert refused(folder, keys, capfd) == [
+        f"line 2: {wrong}",
+        f"line 5: {wrong}",
+        "line 6: the key of line 4 once more",
+        f"line 7: {wrong}",
+    ]
+    keys.write_text("# none\n\n")
+    assert refused(folder, keys, capfd) == ["no key in it"]
+    keys.write_bytes(b"secret-\xff-one")
+    assert refused(folder, keys, capfd) == ["is no text"]
+
+
+def test_an_option_of_the_layout_is_not_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Layout] = []
+
+    def on_ranks(command: Any, layout: Layout, *rest: Any) -> int:
+        seen.append(layout)
+        return 0
+
+    flags = ("--layout.tp", "2", "--layout.sequence-parallel", "true")
+    for module, words in (("serve", ("--channel", "x")), ("generate", ("--prompt", "a"))):
+        monkeypatch.setattr(f"launch.{module}.on_ranks", on_ranks)
+        assert main([module, str(folder), *words]) == 0 and main([module, str(folder), *words, *flags]) == 0
+    assert seen == [Layout(sequence_parallel=False), Layout(tp=2, sequence_parallel=True)] * 2
 
 
 def test_several_engines_behind_one_address(folder: Path) -> None:

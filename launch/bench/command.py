@@ -8,9 +8,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.bench.client import Client
 from launch.bench.config import BenchConfig
@@ -19,8 +19,8 @@ from launch.bench.report import as_json, paint, row, table_head
 from launch.bench.run import closed_loop, open_loop
 from launch.bench.target import Target, known_to, started, vocabulary_of
 from launch.bench.workload import Ask, arrivals, asks, longest
-from launch.cli import help_text, positionals
-from parallel.config import options, parse_flags, resolve
+from launch.cli import command_line, help_text, positionals
+from parallel.config import options, resolve
 from parallel.errors import ConfigError, nearest, refuse
 
 __all__ = ["main"]
@@ -29,12 +29,12 @@ USAGE = """lockstep bench serve URL|MODEL_DIR [--rates 1,2,4 | --concurrencies 1
 
 URL: any server of OpenAI's interface (http://127.0.0.1:8000). MODEL_DIR: one is started for it, and stopped; its own
 options are given as --server.OPTION (--server.layout.tp 2)."""
-_INTERRUPTED = 128 + signal.SIGINT
+_P = TypeVar("_P")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; see :data:`launch.cli.USAGE`."""
-    given, overrides, problems = parse_flags(arguments)
+    given, overrides, problems = command_line(arguments, BenchConfig())
     if "help" in overrides or not given:
         print(help_text(USAGE, options(BenchConfig())))
         return 0 if "help" in overrides else 2
@@ -65,21 +65,30 @@ def _flags(table: Mapping[str, Any], prefix: str = "--") -> list[str]:
         if isinstance(value, Mapping):
             found += _flags(value, f"{prefix}{name}.")
         else:
-            found += [f"{prefix}{name}={value}"]
+            found.append(f"{prefix}{name}" + ("" if value.bare else f"={value}"))
     return found
 
 
 async def _bench(target: str, config: BenchConfig, flags: Sequence[str]) -> int:
     """Measure every load; what there is is printed and written, however it ends."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stop, signals = asyncio.Event(), list[int]()
+
+    def note(number: int) -> None:
+        signals.append(number)
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, note, number)
     key = Path(config.key_file).read_text().strip() if config.key_file else ""
-    async with _address(target, flags) as url:
+    async with contextlib.AsyncExitStack() as stack:
+        url = await _unless(stop, stack.enter_async_context(_address(target, flags)))
+        if url is None:
+            return 128 + signals[0]
         client = Client(url, key, config.timeout_s)
         try:
-            about = await known_to(client, config.model)
+            about = await _unless(stop, known_to(client, config.model))
+            if about is None:
+                return 128 + signals[0]
             vocabulary = _vocabulary(target, config)
             refuse(ConfigError, _fits(config, about))
             loads = await _sweep(client, config, about, vocabulary, stop)
@@ -91,9 +100,21 @@ async def _bench(target: str, config: BenchConfig, flags: Sequence[str]) -> int:
     if config.png and loads:
         paint(loads, config, Path(config.png), f"{about.model} · {_words(config)}")
         print(f"{config.png}: written")
-    if stop.is_set():
-        return _INTERRUPTED
+    if signals:
+        return 128 + signals[0]
     return 0 if all("ok" in load["outcomes"] for load in loads) else 1
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, _P]) -> _P | None:
+    """What ``work`` returns; None: ``stop`` came first, and it was cancelled."""
+    doing, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait([doing, stopped], return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if doing.done():
+        return doing.result()
+    doing.cancel()
+    await asyncio.wait([doing])
+    return None
 
 
 @contextlib.asynccontextmanager
@@ -147,7 +168,7 @@ async def _sweep(
         return [client.request("POST", *_body(ask, config, about)) for ask in found]
 
     before, _, _ = await closed_loop(client, requests(None), 4, stop)
-    failed = [record for record in before if record.outcome not in ("ok", "unfinished", "unsent")]
+    failed = [record for record in before if record.outcome not in ("ok", "cut", "unsent")]
     if before and len(failed) == len(before):
         raise ConfigError(f"no request was answered: {failed[0].outcome}: {failed[0].error or 'no message'}")
     found: list[dict[str, Any]] = []

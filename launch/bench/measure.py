@@ -38,7 +38,7 @@ class Record:
         chunks: when each piece of text came.
         ended: when it was over.
         outcome: ``ok``; the status (``429`` ...), ``timeout``, ``connection`` or ``stream`` of what failed;
-            ``unfinished`` or ``unsent`` where the load was ended before it.
+            ``cut`` (under way) or ``unsent`` where the load was ended before it.
     """
 
     due: float = 0.0

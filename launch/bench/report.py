@@ -28,7 +28,7 @@ _INK, _SOFT, _GRID, _LINES = "#1f2225", "#63676c", "#e2dfd7", {"p50": "#14776a",
 def table_head(config: BenchConfig) -> list[str]:
     """Two lines above the rows."""
     load = "rate/s" if config.rates else "at once" if config.open else "at a time"
-    first = f"{load:>9} {'ok':>6} {'429':>5} {'fail':>5} {'req/s':>8} {'good/s':>8} {'tok/s':>8}"
+    first = f"{load:>9} {'ok':>6} {'429':>5} {'fail':>5} {'cut':>4} {'req/s':>8} {'good/s':>8} {'tok/s':>8}"
     groups = "".join(f" {name + ' p50  p90  p99':>25}" for name, _ in _COLUMNS)
     return [first + groups, "-" * len(first + groups)]
 
@@ -37,10 +37,10 @@ def row(load: Mapping[str, Any], config: BenchConfig) -> str:
     """One load."""
     outcomes = load["outcomes"]
     many = outcomes.get("429", 0)
-    fail = sum(count for name, count in outcomes.items() if name not in ("ok", "429", "unsent"))
+    fail = sum(count for name, count in outcomes.items() if name not in ("ok", "429", "cut", "unsent"))
     name = "all" if load["load"] is None else f"{load['load']:g}"
-    first = f"{name:>9} {outcomes.get('ok', 0):>6} {many:>5} {fail:>5} {load['requests_per_s']:>8.2f}"
-    first += f" {load['goodput_per_s']:>8.2f} {load['output_tokens_per_s']:>8.1f}"
+    first = f"{name:>9} {outcomes.get('ok', 0):>6} {many:>5} {fail:>5} {outcomes.get('cut', 0):>4}"
+    first += f" {load['requests_per_s']:>8.2f} {load['goodput_per_s']:>8.2f} {load['output_tokens_per_s']:>8.1f}"
     return first + "".join(f" {_three(load[key]):>25}" for _, key in _COLUMNS)
 
 

@@ -23,7 +23,7 @@ async def open_loop(
         client: of the server.
         requests: as they are sent.
         dues: seconds from now, ascending; infinite: never.
-        stop: ends it at once; what is under way is unfinished.
+        stop: ends it at once; what is under way is cut.
         most: requests at a time; the wait for a place counts as theirs.
 
     Returns:
@@ -62,7 +62,7 @@ async def closed_loop(
         client: of the server.
         requests: as they are sent.
         many: at a time.
-        stop: ends it at once; what is under way is unfinished.
+        stop: ends it at once; what is under way is cut.
         seconds: after which none is begun.
     """
     records = [Record() for _ in requests]
@@ -88,7 +88,7 @@ async def closed_loop(
 
 async def _send(client: Client, record: Record, request: bytes, start: float) -> None:
     record.sent = clock() - start
-    record.outcome = "unfinished"
+    record.outcome = "cut"
     record.take(await client.send(request), start)
 
 
