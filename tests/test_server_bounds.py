@@ -8,13 +8,14 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from infer.chat import ChatTemplate
 from infer.request import RequestError
-from infer.server import exchange
+from infer.server import codec, exchange
 from infer.server.errors import ApiError
 from infer.server.rendering import Renderer
 
@@ -100,3 +101,39 @@ def test_a_template_that_is_a_bomb_is_killed_and_the_next_conversation_is_not(tm
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
         time.sleep(0.01)
     assert not os.path.exists(f"/proc/{pid}")
+
+
+class Slow:
+    """A tokenizer of the kind that takes its time."""
+
+    def __init__(self) -> None:
+        self.lengths, self.most = list[int](), 0
+
+    def encode(self, text: str, add_special_tokens: bool) -> Any:
+        self.lengths.append(len(text))
+        self.most = max(self.most, len(self.lengths))
+        time.sleep(0.05 if len(text) > codec.SHORT else 0)
+        self.lengths.remove(len(text))
+        return SimpleNamespace(ids=[len(text)])
+
+
+def test_one_very_long_text_is_encoded_at_a_time_and_no_other_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, slow = codec.Codec(None), Slow()
+    monkeypatch.setattr(made, "tokenizer", slow)
+
+    async def ask() -> tuple[list[int], int]:
+        ended: list[int] = []
+
+        async def one(length: int) -> None:
+            assert await made.encode(["a" * length]) == [[length]]
+            ended.append(length)
+
+        await asyncio.gather(*(one(codec.LONG + 1) for _ in range(5)))
+        most, slow.most = slow.most, 0
+        await asyncio.gather(*(one(codec.LONG + 1) for _ in range(5)), one(codec.LONG), one(7))
+        assert slow.most == 3, "a very long, a long and a short one"
+        return ended[5:], most
+
+    ended, most = asyncio.run(ask())
+    assert most == 1
+    assert ended.index(7) == 0 and ended.index(codec.LONG) < 3

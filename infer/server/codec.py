@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer, decoders
 
@@ -16,8 +17,11 @@ from infer.text import Detokenizer
 
 __all__ = ["Codec", "Reader", "ReadsDocuments"]
 
+T = TypeVar("T")
 SHORT = 2000
 """Characters that are encoded at once, without asking a thread."""
+LONG = 100_000
+"""Characters of texts that are encoded one request at a time: they take a core for up to seconds."""
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -64,6 +68,7 @@ class Codec:
         self._renderer = None if template is None else Renderer(template)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._bytes: dict[int, bytes] = {}
+        self._long = ThreadPoolExecutor(1, "long-texts")
 
     async def encode(self, texts: Sequence[str], *, special: bool = True, param: str = "prompt") -> list[list[int]]:
         """Token ids of texts.
@@ -81,7 +86,7 @@ class Codec:
         def work() -> list[list[int]]:
             return [tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
 
-        return work() if sum(map(len, texts)) <= SHORT else await asyncio.to_thread(work)
+        return await self._done(work, sum(map(len, texts)))
 
     async def documents(
         self, texts: Sequence[str], param: str, *, prompt: str | None = None, truncate: bool = False
@@ -109,7 +114,7 @@ class Codec:
         def work() -> list[list[int]]:
             return [list(ids) for ids in read(texts, prompt=prompt, truncate=truncate)]
 
-        return work() if sum(map(len, texts)) <= SHORT else await asyncio.to_thread(work)
+        return await self._done(work, sum(map(len, texts)))
 
     async def conversation(
         self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, variables: Mapping[str, Any] | None = None
@@ -192,6 +197,14 @@ class Codec:
             return bytes([int(match[1], 16)])
         once = self.tokenizer.decode([token], skip_special_tokens=False)
         return self.tokenizer.decode([token, token], skip_special_tokens=False)[len(once) :].encode()
+
+    async def _done(self, work: Callable[[], T], characters: int) -> T:
+        """Off the event loop where it takes long; one at a time where it takes very long."""
+        if characters <= SHORT:
+            return work()
+        if characters <= LONG:
+            return await asyncio.to_thread(work)
+        return await asyncio.get_running_loop().run_in_executor(self._long, work)
 
     def _needed(self, param: str) -> Tokenizer:
         if self.tokenizer is None:
