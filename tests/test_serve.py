@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,27 +192,24 @@ def test_sigterm_lets_requests_in_flight_finish(folder: Path) -> None:
 
 
 def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
-    for arguments, text in (
+    def refuse(given: tuple[tuple[str, ...], str]) -> None:
+        command = [sys.executable, "-m", "launch", "serve", *given[0]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2, done.stderr
+        assert given[1] in done.stderr
+        lines = done.stderr.splitlines()
+        assert len(set(lines)) == len(lines), "by each engine, and told once"
+
+    little = (str(folder), "--engine.cache.memory-gib", "0.0001")
+    cases = (
         ((str(tmp_path),), str(tmp_path)),
         ((str(folder), "--layout.tp", "3"), "tp"),
         ((str(folder), "--port", "70000"), "port = 70000"),
-        ((str(folder), "--engine.cache.memory-gib", "0.0001"), "not enough memory for one sequence"),
-        (
-            (str(folder), "--engine.cache.memory-gib", "0.0001", "--layout.dp", "2"),
-            "not enough memory for one sequence",
-        ),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "launch", "serve", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 2, done.stderr
-        assert text in done.stderr
-        lines = done.stderr.splitlines()
-        assert len(set(lines)) == len(lines), "by each engine, and told once"
+        (little, "not enough memory for one sequence"),
+        ((*little, "--layout.dp", "2"), "not enough memory for one sequence"),
+    )
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(refuse, cases))
 
 
 def refused(folder: Path, keys: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
