@@ -200,7 +200,7 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         lines = done.stderr.splitlines()
         assert len(set(lines)) == len(lines), "by each engine, and told once"
 
-    little = (str(folder), "--engine.cache.memory-gib", "0.0001")
+    little = (str(folder), "--port", "0", "--engine.cache.memory-gib", "0.0001")
     cases = (
         ((str(tmp_path),), str(tmp_path)),
         ((str(folder), "--layout.tp", "3"), "tp"),
