@@ -30,6 +30,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import workload
 from report import Claim, add_report_options, finish
@@ -94,9 +95,12 @@ async def stream(port: int, prompt: Sequence[int], tokens: int) -> AsyncGenerato
         if status != 200:
             yield status, None
             return
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                yield status, json.loads(line[6:])
+        left = b""
+        while data := await reader.read(1 << 16):  # by lines would cost the cores that serve more than need be
+            *lines, left = (left + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    yield status, msgspec.json.decode(line[6:])
     finally:
         writer.close()
 

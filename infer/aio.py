@@ -7,7 +7,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from infer.completion import Completion, Event
 from infer.engine import Engine
@@ -17,8 +17,16 @@ from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
 from infer.vectors import VectorEngine
+from parallel.native import let_go_of_threads
 
 __all__ = ["AsyncEngine"]
+
+
+class _Stream(NamedTuple):
+    """Who waits for the events of a request, and on which loop."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event | BaseException]
 
 
 class AsyncEngine:
@@ -33,7 +41,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine | Replica | VectorEngine, *, pulse_s: float = 5.0, budget: int = 2048) -> None:
         self.engine, self._pulse_s = engine, pulse_s
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[int, Callable[[Event | BaseException], None]] = {}
+        self._streams: dict[int, _Stream] = {}
         self._gather = Gather(budget)
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine loop")
@@ -45,6 +53,7 @@ class AsyncEngine:
         return dataclasses.replace(stats, waiting=stats.waiting + self._gather.documents)
 
     async def __aenter__(self) -> AsyncEngine:
+        let_go_of_threads()
         self._thread.start()
         return self
 
@@ -66,13 +75,10 @@ class AsyncEngine:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
         number: asyncio.Future[int] = loop.create_future()
 
-        def give(event: Event | BaseException) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         def order() -> None:
             try:
                 id = self.engine.add(prompt, params, **options)
-                self._streams[id] = give
+                self._streams[id] = _Stream(loop, events)
                 loop.call_soon_threadsafe(_resolve, number, id)
             except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
                 loop.call_soon_threadsafe(_refuse, number, error)
@@ -183,24 +189,36 @@ class AsyncEngine:
             else:
                 call.give(place, vector)
 
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Give events to those who wait for them: a loop is woken once a step, not once an event."""
+        told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event | BaseException], Event]]] = {}
+        for event in events:
+            if stream := self._streams.get(event.id):
+                told.setdefault(stream.loop, []).append((stream.events, event))
+            if event.completion is not None:
+                self._streams.pop(event.id, None)
+        for loop, own in told.items():
+            loop.call_soon_threadsafe(_put, own)
+
     def _run(self) -> None:
         try:
             while True:
                 if not self._obey():
                     return
                 self._embed()
-                for event in self.engine.step():
-                    if give := self._streams.get(event.id):
-                        give(event)
-                    if event.completion is not None:
-                        self._streams.pop(event.id, None)
+                self._tell(self.engine.step())
         except BaseException as error:  # noqa: BLE001 - everybody who waits must hear of it
             self._failed = error
-            for give in list(self._streams.values()):
-                give(error)
+            for stream in list(self._streams.values()):
+                stream.loop.call_soon_threadsafe(stream.events.put_nowait, error)
             self._gather.fail(error)
         finally:
             self.engine.close()
+
+
+def _put(told: Sequence[tuple[asyncio.Queue[Event | BaseException], Event]]) -> None:
+    for events, event in told:
+        events.put_nowait(event)
 
 
 def _resolve(future: asyncio.Future[Any], value: object) -> None:

@@ -116,3 +116,17 @@ class Event(NamedTuple):
     logprobs: tuple[TokenLogProb, ...] = ()
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
+
+    @staticmethod
+    def joined(events: Sequence[Event]) -> Event:
+        """Events of one choice, of which only the last may have ended it, as one."""
+        first, last = events[0], events[-1]
+        return Event(
+            first.id,
+            first.choice,
+            "".join(event.text for event in events),
+            tuple(token for event in events for token in event.tokens),
+            tuple(logprob for event in events for logprob in event.logprobs),
+            last.finish_reason,
+            last.completion,
+        )

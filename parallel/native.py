@@ -17,7 +17,7 @@ from pathlib import Path
 
 from parallel.errors import LockstepError
 
-__all__ = ["COMPILERS", "CompileError", "compiled"]
+__all__ = ["COMPILERS", "CompileError", "compiled", "let_go_of_threads"]
 
 COMPILERS = ("cc", "gcc", "clang")
 _ALWAYS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
@@ -74,6 +74,17 @@ def _shares_openmp() -> bool:
         ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
         return True
     return False
+
+
+def let_go_of_threads() -> None:
+    """End the OpenMP threads that wait for this thread's next piece of work; that would start others.
+
+    Every thread that computes has such threads of its own, for good. Where those of all together are more than the
+    processors, gcc's OpenMP lets them sleep between two pieces of work instead of looking out for the next, which takes
+    longer than most pieces do. So who has loaded a model lets go before another thread computes with it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all(1)
 
 
 def _fingerprint(source: Path, command: list[str]) -> str:

@@ -14,7 +14,9 @@ from test_llm import config_of, folders, work  # noqa: F401 - a fixture
 
 from infer import LLM, RequestError, SamplingParams
 from infer.aio import AsyncEngine
-from infer.server.client import RemoteEngine
+from infer.completion import Event
+from infer.sampling import TokenLogProb
+from infer.server.client import RemoteEngine, _Mail
 from infer.server.engine import EngineGone
 from infer.server.wire import Abort, Add, Channel, ChannelError, Hello, ToEngine, pack, unpack
 from infer.server.worker import Worker
@@ -68,6 +70,41 @@ def test_frames_arrive_as_they_were_sent(tmp_path: Path) -> None:
     together(main)
 
 
+def test_messages_of_a_round_are_one_frame(tmp_path: Path) -> None:
+    async def main() -> None:
+        one, other = await channels(tmp_path)
+        written: list[bytes] = []
+        write, one._writer.write = one._writer.write, written.append  # type: ignore[method-assign]
+        sent = [b"a" * size for size in (5, 0, 1 << 19, 1 << 19, 1 << 19, 7)]
+        for data in sent:
+            one.send(data)
+        await asyncio.sleep(0)
+        one.send(b"later")
+        await asyncio.sleep(0)
+        half = 4 + (1 << 19)
+        assert [len(frame) - 20 for frame in written] == [9 + 4 + half, half, half + 11, 9]
+        for frame in written:
+            write(frame)
+        assert [await other.receive() for _ in range(len(sent) + 1)] == [*sent, b"later"]
+        other.send(b"what is sent before the end arrives")
+        other.close()
+        assert await one.receive() == b"what is sent before the end arrives"
+
+    together(main)
+
+
+@pytest.mark.parametrize("frame", [b"\x01", b"\x05\0\0\0four", b"\0\0\0\0\xff\xff\xff\xff1"])
+def test_a_frame_that_ends_too_early_closes_the_channel(tmp_path: Path, frame: bytes) -> None:
+    async def main() -> None:
+        one, other = await channels(tmp_path)
+        one._write(frame)
+        with pytest.raises(ChannelError, match="ends too early"):
+            await other.receive()
+        assert other._writer.is_closing()
+
+    together(main)
+
+
 def test_who_does_not_know_the_key_is_not_heard(tmp_path: Path) -> None:
     async def main() -> None:
         assert all(isinstance(end, ChannelError) for end in await channels(tmp_path, (KEY, KEY[::-1])))
@@ -80,7 +117,7 @@ def test_who_does_not_know_the_key_is_not_heard(tmp_path: Path) -> None:
     [
         b"\x00" * 200,
         pickle.dumps({"a": 1}) * 9,
-        b"lockstep serve 1" + b"n" * 32 + b"\xff" * 4 + b"m" * 16,
+        b"lockstep serve 2" + b"n" * 32 + b"\xff" * 4 + b"m" * 16,
         b"GET / HTTP/1.1\r\n\r\n" * 9,
     ],
     ids=["zeros", "pickle", "giant frame", "http"],
@@ -101,8 +138,9 @@ def test_frames_that_were_tampered_with_close_the_channel(tmp_path: Path, how: s
         one, other = await channels(tmp_path)
         written: list[bytes] = []
         write, one._writer.write = one._writer.write, written.append  # type: ignore[method-assign]
-        one.send(b"first")
-        one.send(b"other")
+        for data in (b"first", b"other"):
+            one.send(data)
+            await asyncio.sleep(0)
         first, second = written
         if how == "changed":
             write(first[:-1] + b"X")
@@ -113,8 +151,7 @@ def test_frames_that_were_tampered_with_close_the_channel(tmp_path: Path, how: s
             write(second + first)
         else:
             other.send(b"mine")
-            await other.drain()
-            write(await one._reader.readexactly(4 + 16 + 4))
+            write(await one._reader.readexactly(4 + 16 + 4 + 4))
         with pytest.raises(ChannelError, match="wrong MAC"):
             await other.receive()
         assert other._writer.is_closing()
@@ -239,5 +276,27 @@ def test_another_model_or_version_is_refused(folders: dict[str, Path], tmp_path:
         channel.send(pack(Add(1, [1], {}, 0, b"")))
         with pytest.raises(ChannelError):
             await channel.receive()
+
+    together(main)
+
+
+def test_events_that_wait_are_taken_as_one_and_none_is_lost() -> None:
+    async def main() -> None:
+        mail, error = _Mail(), EngineGone("gone")
+        logprob = TokenLogProb(1, -0.5, ())
+        one = [Event(3, 0, "a", (1,), (logprob,)), Event(3, 0, "", (2,), ()), Event(3, 0, "bc", (3, 4), (logprob,))]
+        other = [Event(3, 1, "x", (5,)), Event(3, 0, "d", (6,), (), "stop"), Event(3, 0, "never after the end", (7,))]
+        waiting = asyncio.create_task(mail.take())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        mail.put(one[0])
+        assert await waiting is one[0]
+        for event in (*one, *other, error):
+            mail.put(event)
+        assert await mail.take() == Event(3, 0, "abc", (1, 2, 3, 4), (logprob, logprob))
+        assert await mail.take() is other[0]
+        assert await mail.take() is other[1]
+        assert await mail.take() is other[2]
+        assert await mail.take() is error
 
     together(main)

@@ -72,6 +72,8 @@ typedef struct Shared { /* what threads take units from, `grab` at a time */
     Cut *cuts;
     int32_t *done; /* of each request and head: how many splits are in `parts` */
     REAL *parts;
+    int64_t rows;  /* the most of a unit */
+    int alone;     /* each unit sees all of a request with one new token, and writes that itself */
 } Shared;
 
 /* Lanes of two vectors, by index: clang and gcc spell it differently. */
@@ -162,30 +164,32 @@ static void narrow(const REAL *from, int64_t type, int64_t n, void *to) {
     }
 }
 
-/* New keys and values into their places; in int8 and e4m3 as multiples of a scale of their own. */
-static void write_tokens(Shared *s, View *w, int64_t index, int64_t following) {
-    const Job *j = s->job;
-    (void)following;
-    int64_t row = j->size * bytes_of(j->stored), stop = index * RUN + RUN < j->tokens ? index * RUN + RUN : j->tokens;
-    for (int64_t t = index * RUN; t < stop; t++) {
-        int64_t page = j->slots[t] / j->page_size, place = j->slots[t] % j->page_size;
-        if (j->slots[t] < 0 || page >= j->pages) s->job->failed = 1;
-        for (int64_t i = 0; i < 2 * j->kv_heads && !j->failed; i++) {
-            int64_t side = i % 2, h = i / 2;
-            const char *from = j->fresh[side] + t * j->fresh_token[side] + h * j->fresh_head[side];
-            char *to = j->held[side] + page * j->page + h * j->page_head + place * row;
-            if (j->stored < INT8) {
-                memcpy(to, from, (size_t)row);
-                continue;
-            }
-            float top = 0, *scale = (float *)(j->scales[side] + page * j->scale_page + h * j->scale_head) + place;
-            widen(from, j->type, j->size, w->q);
-            for (int64_t d = 0; d < j->size; d++) top = fabsf((float)w->q[d]) <= top ? top : fabsf((float)w->q[d]);
-            *scale = top / (j->stored == INT8 ? 127.0f : 448.0f);
-            for (int64_t d = 0; d < j->size; d++) w->q[d] = (float)w->q[d] / (*scale > 0 ? *scale : 1.0f);
-            narrow(w->q, j->stored, j->size, to);
-        }
+/* A token's new key (side 0) or value of one head into its place; in int8 and e4m3 as multiples of a scale of its own. */
+static void write_head(Job *j, View *w, int64_t t, int64_t h, int64_t side) {
+    int64_t row = j->size * bytes_of(j->stored), page = j->slots[t] / j->page_size, place = j->slots[t] % j->page_size;
+    const char *from = j->fresh[side] + t * j->fresh_token[side] + h * j->fresh_head[side];
+    if (j->slots[t] < 0 || page >= j->pages) {
+        j->failed = 1;
+        return;
     }
+    char *to = j->held[side] + page * j->page + h * j->page_head + place * row;
+    if (j->stored < INT8) {
+        memcpy(to, from, (size_t)row);
+        return;
+    }
+    float top = 0, *scale = (float *)(j->scales[side] + page * j->scale_page + h * j->scale_head) + place;
+    widen(from, j->type, j->size, w->q);
+    for (int64_t d = 0; d < j->size; d++) top = fabsf((float)w->q[d]) <= top ? top : fabsf((float)w->q[d]);
+    *scale = top / (j->stored == INT8 ? 127.0f : 448.0f);
+    for (int64_t d = 0; d < j->size; d++) w->q[d] = (float)w->q[d] / (*scale > 0 ? *scale : 1.0f);
+    narrow(w->q, j->stored, j->size, to);
+}
+
+static void write_tokens(Shared *s, View *w, int64_t index, int64_t following) {
+    int64_t stop = index * RUN + RUN < s->job->tokens ? index * RUN + RUN : s->job->tokens;
+    (void)following;
+    for (int64_t t = index * RUN; t < stop; t++)
+        for (int64_t i = 0; i < 2 * s->job->kv_heads; i++) write_head(s->job, w, t, i / 2, i % 2);
 }
 
 static void merge(const View *w, REAL *into, const REAL *from) {
@@ -380,6 +384,7 @@ static void attend(Shared *s, View *w, int64_t index, int64_t following) {
     Job *j = s->job;
     Unit u = locate(s, w->request, index);
     Cut c = s->cuts[w->request = u.request];
+    if (s->alone) write_head(j, w, u.start, u.head, 0), write_head(j, w, u.start, u.head, 1);
     w->rows = u.queries * c.share, w->state = w->rows * (w->padded + 2);
     for (int64_t r = 0; r < w->rows; r++) {
         const char *from = j->q + (u.start + r / c.share) * j->q_token + (u.head * c.share + r % c.share) * j->q_head;
@@ -408,7 +413,7 @@ static void attend(Shared *s, View *w, int64_t index, int64_t following) {
 
 static void *take(void *argument) {
     Shared *s = argument;
-    int64_t rows = s->cuts->block * s->cuts->share, h = (s->job->size + LANES - 1) / LANES * LANES;
+    int64_t rows = s->rows, h = (s->job->size + LANES - 1) / LANES * LANES;
     REAL *at = calloc((size_t)(h * (3 * rows + 2 * TILE) + 4 * rows + (ROWS + 2) * TILE), sizeof(REAL));
     View w = {.padded = h, .request = s->job->requests - 1, .q = at, .total = at + rows * h};
     w.part = w.total + rows * (h + 2), w.tile[0] = w.part + rows * (h + 2), w.tile[1] = w.tile[0] + TILE * h;
@@ -441,6 +446,8 @@ static void share_out(Shared *s) {
 /* Write the new keys and values, then attend; returns `failed`. */
 int paged_attention(Job *j) {
     int64_t padded = (j->size + LANES - 1) / LANES * LANES, share = j->heads / j->kv_heads, units = 0, room = 0;
+    int64_t most = 1;
+    int alone = 1;
     Cut *cuts = malloc((size_t)j->requests * sizeof(Cut));
     int32_t *done = calloc((size_t)(j->requests * j->kv_heads), sizeof(int32_t));
     for (int64_t r = 0; cuts && r < j->requests; r++) {
@@ -450,12 +457,14 @@ int paged_attention(Job *j) {
         c.end = (j->context[r] - 1) / SPLIT + 1, c.apart = c.queries <= c.block && c.end - c.begin > 1;
         units += j->kv_heads * (c.apart ? c.end - c.begin : (c.queries + c.block - 1) / c.block);
         room += c.apart * (c.end - c.begin) * j->heads * c.queries * (padded + 2);
+        most = c.queries > most ? c.queries < c.block ? c.queries : c.block : most;
+        alone = alone && c.queries == 1 && !c.apart;
         cuts[r] = c;
     }
     REAL *parts = malloc((size_t)(room + 1) * sizeof(REAL));
-    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, 1, cuts, done, parts};
+    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, 1, cuts, done, parts, most * share, alone};
     j->failed = cuts && done && parts ? 0 : 2;
-    if (!j->failed) share_out(&s);
+    if (!j->failed && !alone) share_out(&s);
     s.work = attend, s.count = units;
     if (!j->failed) share_out(&s);
     free(cuts), free(done), free(parts);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from infer.completion import Event
@@ -33,6 +34,35 @@ _FIRST = -(1 << 30)
 """Priority of what asks whether the engine works."""
 
 
+class _Mail:
+    """Events of one request. Those that have come before they are asked for are taken as one, where that says the same:
+    a process that is behind does not fall further behind."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event | BaseException] = deque()
+        self._come = asyncio.Event()
+
+    def put(self, event: Event | BaseException) -> None:
+        self._events.append(event)
+        self._come.set()
+
+    async def take(self) -> Event | BaseException:
+        while not self._events:
+            self._come.clear()
+            await self._come.wait()
+        first = self._events.popleft()
+        if not isinstance(first, Event):
+            return first
+        taken = [first]
+        while self._events and taken[-1].finish_reason is None and taken[-1].completion is None:
+            following = self._events[0]
+            if not isinstance(following, Event) or following.choice != first.choice:
+                break
+            taken.append(following)
+            self._events.popleft()
+        return first if len(taken) == 1 else Event.joined(taken)
+
+
 class RemoteEngine:
     """Continues prompts in an engine that may be there, be gone, and come again.
 
@@ -49,7 +79,7 @@ class RemoteEngine:
         self._key, self._version = key, version
         self._over = False
         self._channel: Channel | None = None
-        self._streams: dict[int, asyncio.Queue[Event | BaseException]] = {}
+        self._streams: dict[int, _Mail] = {}
         self._embedding: dict[int, asyncio.Future[list[list[float]]]] = {}
         self._stats: Stats | None = None
         self._next = 0
@@ -109,14 +139,14 @@ class RemoteEngine:
         if channel is None or self.hello is None:
             raise EngineGone("the engine is not there")
         self._next += 1
-        number, events = self._next, asyncio.Queue[Event | BaseException]()
+        number, events = self._next, _Mail()
         self._streams[number] = events
         over = False
         try:
             given = (SamplingParams() if params is None else params).to_json()
             channel.send(pack(Add(number, list(prompt), given, priority, salt)))
             while not over:
-                event = await events.get()
+                event = await events.take()
                 over = isinstance(event, BaseException) or event.completion is not None
                 if isinstance(event, BaseException):
                     raise event
@@ -198,9 +228,9 @@ class RemoteEngine:
                 done.set_exception(RequestError(message.problems))
         elif (events := self._streams.get(message.number)) is not None:
             if isinstance(message, Given):
-                events.put_nowait(message.event._replace(id=message.number))
+                events.put(message.event._replace(id=message.number))
             elif isinstance(message, Refused):
-                events.put_nowait(RequestError(message.problems))
+                events.put(RequestError(message.problems))
 
     def _lost(self, reason: str) -> None:
         if self._channel is not None:
@@ -209,7 +239,7 @@ class RemoteEngine:
         self._stands_still = False
         self._there.clear()
         for events in self._streams.values():
-            events.put_nowait(EngineGone(reason))
+            events.put(EngineGone(reason))
         for done in self._embedding.values():
             if not done.done():
                 done.set_exception(EngineGone(reason))

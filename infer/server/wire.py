@@ -2,17 +2,21 @@
 
 Both ends know a key. Each begins with 32 random bytes; from these and the key both derive the key of the session, and
 every frame carries a MAC over its direction, its number and its content. What has a wrong MAC, comes twice, out of
-order or too large closes the channel; nothing of it is decoded.
+order or too large closes the channel; nothing of it is decoded. A frame holds the messages of one round of the event
+loop, each behind its length: a step of an engine is one frame, however many requests have a token more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import secrets
 import struct
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -43,8 +47,11 @@ __all__ = [
 KEY_BYTES = 32
 LARGEST = 64 << 20
 """Bytes of a frame."""
-_MAGIC = b"lockstep serve 1"
+_MAGIC = b"lockstep serve 2"
 _HEAD = struct.Struct("<I16s")
+_LENGTH = struct.Struct("<I")
+_FULL = 1 << 20
+"""Bytes of messages that wait for the end of a round."""
 
 
 class ChannelError(LockstepError):
@@ -130,6 +137,11 @@ ToApi = Hello | Given | Vectors | Refused | Told
 pack = msgspec.msgpack.Encoder().encode
 
 
+@functools.cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(kind)
+
+
 def unpack(data: bytes, kind: Any) -> Any:
     """A message of this kind.
 
@@ -137,7 +149,7 @@ def unpack(data: bytes, kind: Any) -> Any:
         ChannelError: it is none.
     """
     try:
-        return msgspec.msgpack.decode(data, type=kind)
+        return _decoder(kind).decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ChannelError(f"a message that is none: {type(error).__name__}") from None
 
@@ -169,6 +181,8 @@ class Channel:
         self._key = b""
         self._sent = self._received = 0
         self._side = b""
+        self._waiting = bytearray()
+        self._arrived = deque[bytes]()
 
     @staticmethod
     async def open(
@@ -202,7 +216,7 @@ class Channel:
                 channel._side = b"listens" if listens else b"connects"
                 if not greeting.startswith(_MAGIC) or own == theirs:
                     raise ChannelError("the other end speaks something else")
-                channel.send(b"")
+                channel._write(b"")
                 await channel._receive(0)  # nothing before we know who it is
         except ChannelError:
             writer.close()
@@ -213,8 +227,21 @@ class Channel:
         return channel
 
     def send(self, data: bytes) -> None:
-        """Queue a frame; see :meth:`drain`."""
-        assert len(data) <= LARGEST, f"{len(data)} bytes in a frame"
+        """Queue a message; see :meth:`drain`."""
+        assert len(data) <= LARGEST, f"{len(data)} bytes in a message"
+        if len(self._waiting) + len(data) > _FULL:
+            self._flush()
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting += _LENGTH.pack(len(data))
+        self._waiting += data
+
+    def _flush(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, bytearray()
+            self._write(waiting)
+
+    def _write(self, data: bytes | bytearray) -> None:
         mac = self._mac(self._side, self._sent, data)
         self._sent += 1
         self._writer.write(_HEAD.pack(len(data), mac) + data)
@@ -225,13 +252,15 @@ class Channel:
             await self._writer.drain()
 
     async def receive(self) -> bytes:
-        """The next frame.
+        """The next message.
 
         Raises:
             ChannelError: the channel is closed now.
         """
         try:
-            return await self._receive()
+            while not self._arrived:
+                self._arrived.extend(_parts(await self._receive()))
+            return self._arrived.popleft()
         except (OSError, asyncio.IncompleteReadError) as error:
             raise ChannelError(f"the connection is lost: {type(error).__name__}") from None
         except ChannelError:
@@ -239,10 +268,11 @@ class Channel:
             raise
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Let go of the socket, once what was sent is written."""
+        self._flush()
         self._writer.close()
 
-    async def _receive(self, most: int = LARGEST) -> bytes:
+    async def _receive(self, most: int = LARGEST + _LENGTH.size) -> bytes:
         length, mac = _HEAD.unpack(await self._reader.readexactly(_HEAD.size))
         if length > most:
             raise ChannelError(f"a frame of {length} bytes")
@@ -253,8 +283,25 @@ class Channel:
         self._received += 1
         return data
 
-    def _mac(self, side: bytes, number: int, data: bytes) -> bytes:
+    def _mac(self, side: bytes, number: int, data: bytes | bytearray) -> bytes:
         digest = hashlib.blake2b(key=self._key, digest_size=16, person=side)
         digest.update(number.to_bytes(8, "little"))
         digest.update(data)
         return digest.digest()
+
+
+def _parts(frame: bytes) -> Iterator[bytes]:
+    """Its messages.
+
+    Raises:
+        ChannelError: it ends in the middle of one.
+    """
+    at = 0
+    while at < len(frame):
+        if len(frame) - at < _LENGTH.size:
+            raise ChannelError("a frame that ends too early")
+        end = at + _LENGTH.size + _LENGTH.unpack_from(frame, at)[0]
+        if end > len(frame):
+            raise ChannelError("a frame that ends too early")
+        yield frame[at + _LENGTH.size : end]
+        at = end
