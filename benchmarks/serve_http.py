@@ -5,7 +5,8 @@
 One model throughout, the 32M-parameter Llama of the other benchmarks with random weights in float32, greedy and without
 an end. *Throughput*: 32 streams at once of ``benchmarks/serving.py``'s prompts over HTTP, against ``LLM.generate`` of
 the same prompts, in turn, with the server and the engine on the same cores; both keep freed memory. *First token*: one
-request at a time, through HTTP against ``AsyncEngine`` in this process, in turn; the difference of the medians.
+request at a time, through HTTP against ``AsyncEngine`` in this process, in turn, each once the other is at rest; the
+difference of the medians.
 *Streams*: 256 at once, each of which must be the text of an undisturbed run. *Overload*: three times as many new
 requests as can be served, at a steady rate, with a short queue: those that are admitted must finish, the others must
 be told 429 within 100 ms. *Start*: from the command to the first token.
@@ -172,10 +173,12 @@ def first_token(folder: Path, threads: int, rounds: int) -> tuple[list[Claim], d
         async with AsyncEngine(llm.engine) as engine:
             for number in range(rounds + 1):
                 for prompt in prompts:
-                    pair = await here(engine, prompt), await there(port, prompt)
-                    await asyncio.sleep(0.05)  # the rest of the four tokens
+                    pair = []
+                    for way in (here(engine, prompt), there(port, prompt)):
+                        pair.append(await way)
+                        await asyncio.sleep(0.05)  # what was under way, and threads that look out for more
                     if number:
-                        pairs.append(pair)
+                        pairs.append(tuple(pair))
         return pairs
 
     with serving(folder, threads, "--names", "model", "--engine.scheduler.prefix-cache", "false") as server:
