@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -233,3 +235,28 @@ def test_what_is_packed_multiplies(dtype: torch.dtype) -> None:
 
 def test_the_compiler_is_found() -> None:
     assert shutil.which("cc") is None or inference.kernels() is not None
+
+
+THREADS = """
+import os, time, torch
+from parallel.native import let_go_of_threads
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(5)
+x = torch.randn(300, 300)
+before, want = count(), x @ x
+during = count()
+let_go_of_threads()
+for _ in range(200):
+    if count() == before: break
+    time.sleep(0.01)
+print(before, during, count(), torch.equal(x @ x, want))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_threads_that_wait_for_a_thread_are_let_go(compiled: None) -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    before, during, after, same = done.stdout.split()
+    assert int(during) >= int(before) + 4
+    assert after == before
+    assert same == "True"
