@@ -88,7 +88,7 @@ def told(failures: Sequence[Failure], status: int | None, spoken: str) -> list[s
     if spoken:
         lines += [f"the last output of rank {first.rank}:", *spoken.splitlines()]
     kinds = {"lost touch with it": list[str](), "failed alike": list[str](), "failed in another way": list[str]()}
-    for other in others:
+    for other in sorted(others, key=lambda failure: failure.rank):
         alike = "failed alike" if other.summary == first.summary else "failed in another way"
         kinds["lost touch with it" if other.echo else alike].append(str(other.rank))
     effects = [f"rank {', '.join(ranks)} {what}" for what, ranks in kinds.items() if ranks]
