@@ -21,6 +21,7 @@ from infer.sentences import read_sentences
 from infer.server.wire import KEY_BYTES, Channel, Hello, connected
 from infer.server.worker import Worker
 from infer.vectors import Task, VectorEngine, build_vectors, makes_vectors
+from launch.priority import give_way
 from parallel.errors import ConfigError
 from parallel.mesh import Mesh
 
@@ -50,6 +51,8 @@ def run_engine(
         address: of the channel, see :func:`~infer.server.wire.connected`.
         key_file: with its key.
     """
+    if mesh.device.type == "cpu":
+        give_way()  # to the process that speaks with clients
     notes: Sequence[str] = ()
     if makes_vectors(folder, task):
         engine = build_vectors(

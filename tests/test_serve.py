@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from infer import LLM, SamplingParams
 from launch.cli import main
+from launch.priority import NICE
 from launch.serve import ServeConfig, _with_keys
 from parallel.hf import save_model
 from parallel.mesh import Layout, Mesh
@@ -180,6 +181,8 @@ def test_a_killed_engine_is_told_and_started_again(folder: Path) -> None:
 
 def test_sigterm_lets_requests_in_flight_finish(folder: Path) -> None:
     with serving(folder) as server:
+        (engine,) = server.engines()
+        assert os.getpriority(os.PRIO_PROCESS, engine) == os.getpriority(os.PRIO_PROCESS, server.process.pid) + NICE
         got: list[str] = []
         options = {"max_tokens": 400, "temperature": 0, "stream": True, "extra_body": {"ignore_eos": True}}
         stream = server.client.completions.create(model=server.model, prompt="a", **options)
