@@ -21,6 +21,7 @@ from launch.memory import keep_freed_memory
 from parallel import comm
 from parallel.errors import ConfigError, RankError, Refusal, refuse
 from parallel.mesh import Layout, Mesh
+from parallel.native import thread_limit
 
 __all__ = ["Stop", "check_world", "choose_device", "first_alone", "on_ranks", "stop_signals"]
 
@@ -42,6 +43,8 @@ def on_ranks(
     if place is None and layout.world > 1:
         return run_local([sys.executable, "-m", "launch", *command], layout.world, environ=os.environ, grace_s=grace_s)
     keep_freed_memory()
+    if 0 < (limit := thread_limit()) < torch.get_num_threads():
+        torch.set_num_threads(limit)
     chosen = choose_device(device, place.local_rank if place else 0)
     if place is None or place.world == 1:
         return body(Mesh.build(layout, chosen))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from parallel.errors import LockstepError
 
-__all__ = ["COMPILERS", "CompileError", "compiled", "let_go_of_threads"]
+__all__ = ["COMPILERS", "CompileError", "compiled", "let_go_of_threads", "thread_limit"]
 
 COMPILERS = ("cc", "gcc", "clang")
 _ALWAYS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
@@ -85,6 +85,16 @@ def let_go_of_threads() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all(1)
+
+
+def thread_limit() -> int:
+    """Most threads that OpenMP gives at a time (``OMP_THREAD_LIMIT``); 0: not known.
+
+    oneDNN, which multiplies for torch, reckons with all that torch has, and gives wrong numbers when it gets fewer.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_get_thread_limit()
+    return 0
 
 
 def _fingerprint(source: Path, command: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -260,3 +261,24 @@ def test_threads_that_wait_for_a_thread_are_let_go(compiled: None) -> None:
     assert int(during) >= int(before) + 4
     assert after == before
     assert same == "True"
+
+
+FEWER = """
+import torch
+from launch.ranks import on_ranks
+from parallel.kernels.product import linear_product
+from parallel.mesh import Layout
+
+torch.set_num_threads(4)
+def wrong(dtype):
+    x, weight = torch.randn(64, 256, dtype=dtype), torch.randn(512, 256, dtype=dtype)
+    got, want = linear_product(x, weight).double(), x.double() @ weight.double().T
+    return not (got - want).abs().max() < 1
+print(wrong(torch.float32), on_ranks([], Layout(), "cpu", lambda mesh: torch.get_num_threads()), wrong(torch.bfloat16))
+"""
+
+
+def test_numbers_are_right_where_openmp_gives_fewer_threads_than_torch_wants() -> None:
+    environ = {**os.environ, "OMP_NUM_THREADS": "4", "OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run([sys.executable, "-c", FEWER], capture_output=True, text=True, check=True, env=environ)
+    assert done.stdout.split() == ["False", "2", "False"]
