@@ -40,6 +40,22 @@ LONG = (
     "test_pipeline.py::test_checkpoints_are_read_at_any_layout[dualpipe-tied--dualpipe-layout1]",
     "test_zero_unused.py::test_ranks_that_gather_different_parameters_are_named[skip-0]",
     "test_zero_peers.py::test_twenty_steps_end_where_the_peers_end[4]",
+    "test_bench_serve.py::test_an_interrupt_ends_the_wait_for_a_server[15]",
+    "test_checkpoint.py::test_any_place_reads_any_other_bit_for_bit_and_no_byte_too_many[1]",
+    "test_checkpoint.py::test_any_place_reads_any_other_bit_for_bit_and_no_byte_too_many[3]",
+    "test_checkpoint.py::test_any_place_reads_any_other_bit_for_bit_and_no_byte_too_many[4]",
+    "test_checkpoint.py::test_any_place_reads_any_other_bit_for_bit_and_no_byte_too_many[6]",
+    "test_encoder.py::test_every_layout_equals_one_device[True]",
+    "test_pipeline.py::test_beside_tensor_parallelism[False]",
+    "test_pipeline_faults.py::test_a_rank_that_stops_answering_is_named[2I1-2]",
+    "test_schedule_formulas.py::test_formulas_up_to_64_ranks[dualpipev]",
+    "test_schedule_formulas.py::test_formulas_up_to_64_ranks[v-half]",
+    "test_schedule_formulas.py::test_formulas_up_to_64_ranks[zb-v]",
+    "test_serve_ranks.py::test_an_engine_rank_that_dies_or_stops_is_replaced_everywhere[19]",
+    "test_stragglers.py::test_time_that_is_waited_is_not_ones_own[layout0-1]",
+    "test_stragglers.py::test_time_that_is_waited_is_not_ones_own[layout2-2]",
+    "test_zero_residue.py::test_any_layout_takes_over_what_was_kept[{'dp': 4}-{'stage': 1}]",
+    "test_zero_unused.py::test_ranks_that_gather_different_parameters_are_named[skip-2]",
 )
 """What others in the suite show at a smaller size, at another layout, or of the parts of a program."""
 

@@ -184,15 +184,24 @@ def test_verify_of_a_recipe(recipe: Path) -> None:
         (["train", "tiny", "--data.source", "/nonexistent"], ["/nonexistent"]),
     ],
 )
-def test_wrong_input_is_refused_with_every_reason(tmp_path: Path, words: list[str], expected: list[str]) -> None:
+def test_wrong_input_is_refused_with_every_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], expected: list[str]
+) -> None:
     if torch.cuda.is_available() and "cuda" in words:
         return
     extra = ["--out", str(tmp_path / "run")] if words[0] == "train" else []
-    out, err = run(*words, *extra, code=2)
+    assert cli.main([*words, *extra]) == 2
+    out, err = capfd.readouterr()
     for part in expected:
         assert part in err, err
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_a_refusal_is_the_exit_code_of_the_program() -> None:
+    out, err = run("train", "tinny", code=2)
+    assert out == ""
+    assert err.startswith("no recipe 'tinny' (did you mean 'tiny'?)")
 
 
 def test_a_world_that_is_not_the_layout_is_refused(recipe: Path, tmp_path: Path) -> None:

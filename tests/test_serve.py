@@ -194,7 +194,9 @@ def test_sigterm_lets_requests_in_flight_finish(folder: Path) -> None:
         assert "".join(got) == LLM(folder).generate(["a"], SamplingParams(max_tokens=400, ignore_eos=True))[0].text
 
 
-def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_refused_before_anything_starts(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def refuse(given: tuple[tuple[str, ...], str]) -> None:
         command = [sys.executable, "-m", "launch", "serve", *given[0]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -204,10 +206,14 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(folder: Path, t
         assert len(set(lines)) == len(lines), "by each engine, and told once"
 
     little = (str(folder), "--port", "0", "--engine.cache.memory-gib", "0.0001")
-    cases = (
+    for given, expected in (
         ((str(tmp_path),), str(tmp_path)),
         ((str(folder), "--layout.tp", "3"), "tp"),
         ((str(folder), "--port", "70000"), "port = 70000"),
+    ):
+        assert main(["serve", *given]) == 2
+        assert expected in capfd.readouterr().err
+    cases = (
         (little, "not enough memory for one sequence"),
         ((*little, "--layout.dp", "2"), "not enough memory for one sequence"),
     )
