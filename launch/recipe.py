@@ -110,8 +110,7 @@ class Recipe:
         if self.zero.backend == "deepspeed":
             yield from engine_misfits(self.zero, self.dtype, self.layout.pp, traced=bool(self.trace))
         if self.layout.dp >= 1:
-            if self.zero.shard_size >= 0 and self.zero.secondary >= 0:
-                yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
+            yield from (f"zero: {misfit}" for misfit in self.zero.misfits(self.layout.dp * self.layout.cp))
             batch = self.batch
             yield from (
                 f"batch: {problem}"

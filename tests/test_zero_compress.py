@@ -254,3 +254,4 @@ def test_impossible_combinations_are_refused_with_the_nearest() -> None:
         "secondary = 3 does not divide 4 ranks that share state; the nearest that works is 2"
     ]
     assert not list(ZeroConfig(stage=3, secondary=2, shard_size=2).misfits(4))
+    assert not list(ZeroConfig(stage=3, secondary=-1, shard_size=-2).misfits(4)), "refused elsewhere"

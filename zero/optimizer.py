@@ -93,11 +93,11 @@ class ZeroConfig:
             yield "top_k and gradient_bits: a gradient is made smaller by one of them; set the other to 0"
 
     def misfits(self, ranks: int) -> Iterator[str]:
-        """Why this cannot be on so many data ranks."""
-        shared = self.shard_size or ranks
+        """Why this cannot be on so many data ranks, where it can be at all (:meth:`problems`)."""
+        shared = max(self.shard_size, 0) or ranks
         for name, whole, what in (("shard_size", ranks, "data ranks"), ("secondary", shared, "ranks that share state")):
             size = getattr(self, name)
-            if size and whole % size:
+            if size > 0 and whole % size:
                 near = max(near for near in range(1, size + 1) if whole % near == 0)
                 yield f"{name} = {size} does not divide {whole} {what}; the nearest that works is {near}"
 
