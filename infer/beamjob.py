@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from infer.beams import BeamSearch, branch
@@ -40,7 +41,7 @@ class BeamJob(Job):
             ends=params.stops(ends),
             length_penalty=params.length_penalty,
             early_stopping=params.early_stopping,
-            stopped=self._stopped if params.stop and detokenizer is not None else None,
+            stopped=partial(_stopped, detokenizer, params) if params.stop and detokenizer is not None else None,
         )
         self.last: list[int] = [id]
         self._found: dict[int, Any] = {}
@@ -89,8 +90,7 @@ class BeamJob(Job):
             choices = [Choice(0, (), "", "error")]
         return Completion(self.prompt, tuple(choices), error=self.error, cached=self.cached)
 
-    def _stopped(self, tokens: Sequence[int]) -> bool:
-        assert self._detokenizer is not None
-        skip = self.params.skip_special_tokens
-        text = self._detokenizer.tokenizer.decode(list(tokens), skip_special_tokens=skip)
-        return any(stop in text for stop in self.params.stop)
+
+def _stopped(detokenizer: Detokenizer, params: SamplingParams, tokens: Sequence[int]) -> bool:
+    text = detokenizer.tokenizer.decode(list(tokens), skip_special_tokens=params.skip_special_tokens)
+    return any(stop in text for stop in params.stop)

@@ -158,6 +158,7 @@ class Engine:
         for member in job.members:
             self._leave(member)
             self.scheduler.abort(member.request.id)
+        job.leave()
         return True
 
     def step(self) -> list[Event]:
@@ -242,7 +243,7 @@ class Engine:
                 own = [(job.members[0], "", (), ())] if job.done else []
             events += job.events(own)
             if job.done:
-                del self._jobs[id]
+                self._jobs.pop(id).leave()
         return events
 
     def _search(

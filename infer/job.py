@@ -120,6 +120,10 @@ class Job:
         """Whether only the best samples are returned, so that none can be told before all have ended."""
         return self.params.samples > self.params.n
 
+    def leave(self) -> None:
+        """Nobody asks again: its members, who know it as it knows them, need not wait for the garbage collector."""
+        self.members = []
+
     def completion(self) -> Completion:
         """The whole, once all is done."""
         choices = [member.choice() for member in self.members]

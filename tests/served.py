@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,18 @@ def texts(count: int, seed: int = 3) -> Iterator[str]:
     draw = random.Random(seed)
     for index in range(count):
         yield f"{index}: " + "".join(draw.choice("etaoin srhé€😀") for _ in range(draw.randint(1, 30)))
+
+
+def leftovers(work: Callable[[], None], *modules: str) -> set[str]:
+    """Types of these modules of which the work leaves objects that only the garbage collector finds."""
+    gc.collect()
+    gc.disable()
+    try:
+        work()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        return {type(one).__name__ for one in gc.garbage if type(one).__module__.startswith(modules)}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

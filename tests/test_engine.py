@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from served import leftovers
 from test_llm import LLAMA, config_of, work
 
 from infer import LLM, EngineConfig, RequestError, SamplingParams
@@ -141,6 +142,21 @@ def test_stop_tokens_and_aborts_free_everything(folder: Path) -> None:
     stream.close()
     assert not engine.busy
     assert engine.stats.used == (0,)
+
+
+def test_what_has_ended_does_not_wait_for_the_garbage_collector(folder: Path) -> None:
+    llm = LLM(folder)
+    params = [
+        SamplingParams(n=3, temperature=1.0, logprobs=2, max_tokens=5, ignore_eos=True),
+        SamplingParams(beams=2, max_tokens=5, stop=("never",), ignore_eos=True),
+    ]
+
+    def work() -> None:
+        llm.engine.abort(llm.engine.add([4, 5, 6], params[0]))
+        llm.generate([[1, 2, 3], [1, 2, 4]], params)
+
+    work()
+    assert leftovers(work, "infer") == set()
 
 
 def replica(folder: str, degrees: dict[str, int]) -> Any:

@@ -17,7 +17,7 @@ import httpx2
 import openai
 import pytest
 import torch
-from served import Served, load, wait_for, write_model
+from served import Served, leftovers, load, wait_for, write_model
 
 from infer.completion import Event
 from infer.server.app import create_app, create_metrics_app
@@ -363,3 +363,18 @@ def test_limits_that_cannot_be_are_refused_together(folder: Path) -> None:
         create_app(served.engine, server.model, server.codec, config)
     assert len(caught.value.problems) == 6
     assert "short" not in str(caught.value)
+
+
+def test_answers_do_not_wait_for_the_garbage_collector(folder: Path) -> None:
+    with Served(load(folder)) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+        def work() -> None:
+            for stream in (False, True):
+                found = client.completions.create(model="tiny", prompt=[7, 8, 9], max_tokens=9, n=2, stream=stream)
+                assert len(list(found)) > 1
+            wait_for(lambda: not served.app.state.server.in_flight)
+            time.sleep(0.2)  # until the loop has let go of the last one
+
+        work()
+        assert leftovers(work, "infer", "uvicorn", "h11") == set()

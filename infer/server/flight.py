@@ -59,6 +59,7 @@ class Flight:
         self._open = False
         self._among.discard(self)
         self._watcher.cancel()
+        del self._watcher  # which knows this block
         try:
             await self._scope.__aexit__(kind, error, trace)
         except TimeoutError:

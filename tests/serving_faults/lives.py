@@ -23,32 +23,39 @@ def never_reads(stage: Stage, seen: Seen) -> None:
     body = {**LONG, "n": 16, "logprobs": 20, "stream": True}
     with contextlib.ExitStack() as own:
         house = own.enter_context(stage.own("--http.write-s", "2"))
-        for _ in range(2):  # so much takes memory that is kept, read or not
+        for _ in range(2):  # so much takes memory that is kept: read, and all at once as no reader is waited for
             tally(together([lambda: house.ask("POST", "/v1/completions", body)] * 4))
+            _unread(house, body)
         own.enter_context(stage.watched(house, seen))
-        before, most = house.rss(), 0
-        with contextlib.ExitStack() as stack:
-            for _ in range(4):
-                one = socket.socket()
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                one.connect(("127.0.0.1", house.port))
-                client = Client.__new__(Client)
-                client.socket, client.port, client._rest = one, house.port, b""
-                stack.enter_context(client)
-                client.post("/v1/completions", body)
-            wait_for(lambda: house.metrics()["requests_in_flight"] >= 4, 5, "the streams begin")
-
-            def over() -> bool:
-                nonlocal most
-                most = max(most, house.rss())
-                values = house.metrics()
-                return values['requests_total{route="completions",outcome="gone"}'] >= 4
-
-            took = wait_for(over, 12, "readers that do not read are still served")
+        before = house.rss()
+        took, most = _unread(house, body)
         seen.detected(took, 8.0, "streams that nobody reads ended")
         seen.note(f"ended after {took:.1f} s (write_s 2), memory +{(most - before) / 2**20:.1f} MiB at most")
         entries = 4 * 16 * 250 * 21  # streams, choices, tokens, log-probabilities of each
         must(most - before < 160 * entries, "more waits for them than their own tokens")
+
+
+def _unread(house: House, body: dict[str, Any]) -> tuple[float, int]:
+    """Four streams that nobody reads: how long until they are ended, and the most memory meanwhile."""
+    ended = 'requests_total{route="completions",outcome="gone"}'
+    before, most = house.metrics().get(ended, 0), 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            one = socket.socket()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect(("127.0.0.1", house.port))
+            client = Client.__new__(Client)
+            client.socket, client.port, client._rest = one, house.port, b""
+            stack.enter_context(client)
+            client.post("/v1/completions", body)
+        wait_for(lambda: house.metrics()["requests_in_flight"] >= 4, 5, "the streams begin")
+
+        def over() -> bool:
+            nonlocal most
+            most = max(most, house.rss())
+            return house.metrics().get(ended, 0) >= before + 4
+
+        return wait_for(over, 12, "readers that do not read are still served"), most
 
 
 @case("S9 clients that leave: queued, in the prompt, decoding, streamed or not", short=False)
