@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import gc
 import signal
 import socket
 import sys
@@ -37,6 +36,7 @@ from launch.env import Placement
 from launch.hosting import GRACE_S, Engine, Here, Hosting, Ranks, say
 from launch.keepers import Board, Keeper, Seat, agree, node_name
 from launch.meeting import meet
+from launch.memory import keep_what_is_there
 from launch.ports import holder
 from launch.scratch import scratch
 from launch.worker import identity
@@ -154,8 +154,7 @@ class _Desk:
                 servers.append((_uvicorn(admin, front), place))
             if not front.http.keys and front.host not in ("127.0.0.1", "::1", "localhost"):
                 say(f"whoever reaches {front.host} may ask without a key: give --keys-file, or listen on 127.0.0.1")
-            gc.collect()
-            gc.freeze()  # looking through all that is imported would take a tenth of a second each time
+            keep_what_is_there()
             return await self._until_told(hosting, app, servers, engines)
 
     async def _until_told(

@@ -21,6 +21,7 @@ from infer.sentences import read_sentences
 from infer.server.wire import KEY_BYTES, Channel, Hello, connected
 from infer.server.worker import Worker
 from infer.vectors import Task, VectorEngine, build_vectors, makes_vectors
+from launch.memory import keep_what_is_there
 from launch.priority import give_way
 from parallel.errors import ConfigError
 from parallel.mesh import Mesh
@@ -62,6 +63,7 @@ def run_engine(
         engine, sizing = build_engine(folder, mesh, dtype, config, tokenizer=load_text(folder), ranks=ranks_here)
         notes = sizing.lines
     replica = Replica(engine, mesh)
+    keep_what_is_there()
     if not replica.first:
         replica.follow()
         return 0
