@@ -19,6 +19,7 @@ __all__ = [
     "Left",
     "check_parts",
     "encode",
+    "read_large",
     "read_object",
     "refuse_socket",
     "send_error",
@@ -26,9 +27,11 @@ __all__ = [
 ]
 
 encode = msgspec.json.Encoder().encode
-DEEPEST, MOST_FIELDS, MOST_PARTS, MOST_TEXTS, MOST_VALUES = 64, 8192, 1 << 14, 1 << 17, 3 << 18
+DEEPEST, MOST_FIELDS, MOST_PARTS, MOST_TEXTS, MOST_VALUES = 64, 8192, 1 << 14, 1 << 17, 1 << 19
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _JSON = b"application/json"
+_LARGE = 1 << 18
+"""Bytes of JSON that take milliseconds to read."""
 
 
 class Left(Exception):
@@ -132,7 +135,7 @@ class Exchange:
             late = f"the body did not arrive within {seconds:g} s"
             raise ApiError(408, late, headers={"connection": "close"}) from None
         self.arrived = time.monotonic()
-        return read_object(data)
+        return await read_large(data, "body")
 
     async def write(self, message: Message) -> None:
         """Send a part of the answer.
@@ -188,26 +191,45 @@ def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most} bytes", headers={"connection": "close"})
 
 
-def read_object(data: bytearray, what: str = "body") -> dict[str, Any]:
+async def read_large(data: bytearray, what: str) -> dict[str, Any]:
+    """As :func:`read_object`, but others may go on between reading and looking at what was read."""
+    value = _decoded(data, what)
+    if len(data) > _LARGE:
+        await asyncio.sleep(0)
+    _check(value, what)
+    if len(data) > _LARGE:
+        await asyncio.sleep(0)
+    return value
+
+
+def read_object(data: bytearray, what: str) -> dict[str, Any]:
     """The JSON object that these bytes are; it is read while everybody waits.
 
     Raises:
         ApiError: they are none, or one that is too deep or has too many parts.
     """
+    value = _decoded(data, what)
+    _check(value, what)
+    return value
+
+
+def _decoded(data: bytearray, what: str) -> Any:
     check_parts(data, f"the {what}")
     try:
-        value = msgspec.json.decode(data)
+        return msgspec.json.decode(data)
     except RecursionError:
         raise invalid(f"the {what} is nested too deeply") from None
     except UnicodeDecodeError:
         raise invalid(f"the {what} is not JSON: it is not UTF-8") from None
     except msgspec.DecodeError as error:
         raise invalid(f"the {what} is not JSON: {_reason(str(error)) if data else 'it is empty'}") from None
+
+
+def _check(value: Any, what: str) -> None:
     if not isinstance(value, dict):
         raise invalid(f"the {what} must be a JSON object")
     if problem := _problem(value):
         raise invalid(f"the {what} {problem}")
-    return value
 
 
 def _reason(told: str) -> str:

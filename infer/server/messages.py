@@ -160,7 +160,7 @@ def read_arguments(text: str, param: str = "messages.tool_calls") -> dict[str, A
         ApiError: they are no JSON object.
     """
     try:
-        return read_object(bytearray(text.encode()) or bytearray(b"{}"))
+        return read_object(bytearray(text.encode()) or bytearray(b"{}"), "arguments")
     except ApiError:
         told = f"{param}: arguments must be a JSON object, not deeper than {DEEPEST}"
         raise invalid(told, param) from None

@@ -15,7 +15,7 @@ from infer.server.auth import SUBPROTOCOL
 from infer.server.bodies import parse
 from infer.server.body import Body
 from infer.server.errors import ApiError, invalid
-from infer.server.exchange import Exchange, Left, encode, read_object, refuse_socket
+from infer.server.exchange import Exchange, Left, encode, read_large, refuse_socket
 from infer.server.server import Endpoint, Server
 
 __all__ = ["WebSockets"]
@@ -127,7 +127,7 @@ class _Connection:
             if len(data) > self.server.config.body_bytes:
                 self._code = TOO_LARGE
                 raise ApiError(413, f"the message is larger than {self.server.config.body_bytes} bytes")
-            value = read_object(bytearray(data), "message")
+            value = await read_large(bytearray(data), "message")
             given = value.get("id")
             id = given if isinstance(given, str) and len(given) <= 64 else None
             frame = parse(Frame, value)
