@@ -216,7 +216,7 @@ def test_bits_do_not_depend_on_company_chunks_pages_or_threads(
 
     def run(runs: tuple[tuple[int, int], ...], which: int, page: int = 16) -> Tensor:
         seeds = tuple(0 if index == which else 10 + index for index in range(len(runs)))
-        case = make(runs, (6, 2, 24, page), dtype, STORED[stored], window=window, seeds=seeds)
+        case = make(runs, (6, 2, 40, page), dtype, STORED[stored], window=window, seeds=seeds)
         return case.attend(backend, window)[case.step.boundaries[which] : case.step.boundaries[which + 1]]
 
     want = run(((total, last),), 0)

@@ -13,29 +13,43 @@ from infer.attention import Pages
 from infer.batch import StepBatch
 from parallel.native import COMPILERS, CompileError, compiled
 
-__all__ = ["CpuAttention", "Job"]
+__all__ = ["CpuAttention", "Job", "Place"]
 
 _SOURCE = Path(__file__).with_name("paged.c")
 _FLAGS = (("-march=native", "-fopenmp"), ("-march=native", "-pthread"), ("-pthread",))
 _WIDE = "-DWIDE"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
-_POINTERS = (
-    *("q", "k", "v", "out", "keys", "values", "key_scales", "value_scales"),
-    *("table", "context", "starts", "slots"),
-)
+_POINTERS = ("q", "k", "v", "out", "keys", "values", "key_scales", "value_scales")
 _NUMBERS = (
     *("q_token", "q_head", "k_token", "v_token", "k_head", "v_head"),
-    *("page", "page_head", "scale_page", "scale_head", "table_row"),
-    *("requests", "tokens", "heads", "kv_heads", "size", "pages", "page_size", "window"),
-    *("type", "stored", "threads", "failed"),
+    *("page", "page_head", "scale_page", "scale_head"),
+    *("heads", "kv_heads", "size", "pages", "page_size", "window"),
+    *("type", "stored", "failed"),
 )
+
+
+class Place(ctypes.Structure):
+    """``Place`` of paged.c: the requests of a step, the same for all layers of a page group."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "context", "starts", "slots")),
+        *((name, ctypes.c_int64) for name in ("table_row", "requests", "tokens", "threads")),
+    ]
+
+    @staticmethod
+    def of(step: StepBatch, group: int) -> Place:
+        """The caller keeps the step."""
+        table, places = step.table[group], (step.context_R, step.starts_R, step.slots_T[group])
+        pointers = table.data_ptr(), *(tensor.data_ptr() for tensor in places)
+        return Place(*pointers, table.stride(0), table.shape[0], len(step), torch.get_num_threads())
 
 
 class Job(ctypes.Structure):
-    """``Job`` of paged.c: attention of one layer in one step."""
+    """``Job`` of paged.c: attention of one layer in one step, whose requests are ``at``."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("at", Place),
         *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scale", ctypes.c_double),
     ]
@@ -59,18 +73,6 @@ class Job(ctypes.Structure):
         (self.q_token, self.q_head), (self.k_token, self.k_head), (self.v_token, self.v_head) = (
             (width * token, width * head) for token, head, _ in (x.stride() for x in (q_TNH, k_TKH, v_TKH))
         )
-
-    @staticmethod
-    def place(step: StepBatch, group: int) -> tuple[int, ...]:
-        """The requests of a step, for :meth:`aim`: the same for all layers of a page group."""
-        table, places = step.table[group], (step.context_R, step.starts_R, step.slots_T[group])
-        numbers = table.stride(0), table.shape[0], len(step), torch.get_num_threads()
-        return table.data_ptr(), *(tensor.data_ptr() for tensor in places), *numbers
-
-    def aim(self, place: tuple[int, ...]) -> None:
-        """At the requests of a step."""
-        self.table, self.context, self.starts, self.slots, *numbers = place
-        self.table_row, self.requests, self.tokens, self.threads = numbers
 
     def verify(self, status: int, group: int) -> None:
         """Look at what the kernel returned."""
@@ -135,6 +137,6 @@ class CpuAttention:
             job.point(pages)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
         job.give(q, k, v, out, window)
-        job.aim(Job.place(step, group))
+        job.at = Place.of(step, group)
         job.verify(self.entry(q_TNH.dtype)(ctypes.byref(job)), group)
         return out

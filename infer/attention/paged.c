@@ -4,12 +4,15 @@
  * SPLIT, each with its own running maximum; splits are merged from the first to the last. So the bits of a row do not
  * depend on other rows, on how its request was cut into chunks, on the page size or on the number of threads.
  *
- * Computed in float, or with -DWIDE in double. The vectors are the compiler's, so one text serves every processor. */
+ * Computed in float, or with -DWIDE in double; bfloat16 pages are read as they are. The vectors are the compiler's, so one text serves every processor. */
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #ifdef WIDE
 #define SIZE 8
@@ -37,14 +40,19 @@ typedef INT ivec __attribute__((vector_size(WIDTH), aligned(SIZE), may_alias));
 #define AT(pointer) (*(vec *)(pointer))
 #define LOW ((REAL)-1e30) /* below every score; finite, so that LOW - LOW is 0 */
 
-/* Mirrored by cpu.py; of two, the first is of keys and the second of values. All strides are in bytes. */
+/* Mirrored by cpu.py, both; of two, the first is of keys and the second of values. All strides are in bytes. */
+typedef struct { /* the requests of a step */
+    const int32_t *table, *context, *starts;
+    const int64_t *slots;
+    int64_t table_row, requests, tokens, threads;
+} Place;
+
 typedef struct {
     const char *q, *fresh[2];
     char *out, *held[2], *scales[2];
-    const int32_t *table, *context, *starts;
-    const int64_t *slots;
-    int64_t q_token, q_head, fresh_token[2], fresh_head[2], page, page_head, scale_page, scale_head, table_row;
-    int64_t requests, tokens, heads, kv_heads, size, pages, page_size, window, type, stored, threads;
+    Place at;
+    int64_t q_token, q_head, fresh_token[2], fresh_head[2], page, page_head, scale_page, scale_head;
+    int64_t heads, kv_heads, size, pages, page_size, window, type, stored;
     int64_t failed; /* 1: a table or slot names no page of ours; 2: memory is short */
     double scale;
 } Job;
@@ -53,10 +61,12 @@ typedef struct { const char *at; int64_t lines; } Ahead; /* memory that will be 
 
 typedef struct { /* one thread's memory */
     int64_t rows, padded, state, request;
+    int64_t half, unit; /* whether queries, keys and values stay bfloat16; bytes of a number of theirs */
     int64_t waiting, quantum; /* of `ahead`: how many, and lines to ask for at a time */
     Ahead ahead[2 * TILE];
-    REAL *q, *tile[2], *scale[2], *scores, *total, *part;
-    const REAL *run[2][TILE / RUN]; /* where each RUN keys and values of the tile are */
+    char *q, *tile[2];
+    const char *run[2][TILE / RUN]; /* where each RUN keys and values of the tile are */
+    REAL *scale[2], *scores, *total, *part, *wide;
 } View;
 
 /* How a request is cut: `block` queries a unit; or, if that is all of them, a unit for each split of [begin, end). */
@@ -139,6 +149,14 @@ INLINE uint16_t to_bf16(float x) {
     return (uint16_t)(x != x ? 0x7fc0 : (bits_of(x) + 0x7fff + (bits_of(x) >> 16 & 1)) >> 16);
 }
 
+/* Whether queries, keys and values are read as bfloat16; the numbers of a head with what makes them whole vectors. */
+static int64_t is_half(const Job *j) { return SIZE == 4 && j->type == BF16 && j->stored == BF16; }
+
+static int64_t padded_size(const Job *j) {
+    int64_t lanes = is_half(j) ? 2 * LANES : LANES;
+    return (j->size + lanes - 1) / lanes * lanes;
+}
+
 static int64_t bytes_of(int64_t type) { return type == F64 ? 8 : type == F32 ? 4 : type == BF16 ? 2 : 1; }
 
 #define EACH(FROM, TO, value) \
@@ -166,9 +184,9 @@ static void narrow(const REAL *from, int64_t type, int64_t n, void *to) {
 
 /* A token's new key (side 0) or value of one head into its place; in int8 and e4m3 as multiples of a scale of its own. */
 static void write_head(Job *j, View *w, int64_t t, int64_t h, int64_t side) {
-    int64_t row = j->size * bytes_of(j->stored), page = j->slots[t] / j->page_size, place = j->slots[t] % j->page_size;
+    int64_t row = j->size * bytes_of(j->stored), page = j->at.slots[t] / j->page_size, place = j->at.slots[t] % j->page_size;
     const char *from = j->fresh[side] + t * j->fresh_token[side] + h * j->fresh_head[side];
-    if (j->slots[t] < 0 || page >= j->pages) {
+    if (j->at.slots[t] < 0 || page >= j->pages) {
         j->failed = 1;
         return;
     }
@@ -178,15 +196,15 @@ static void write_head(Job *j, View *w, int64_t t, int64_t h, int64_t side) {
         return;
     }
     float top = 0, *scale = (float *)(j->scales[side] + page * j->scale_page + h * j->scale_head) + place;
-    widen(from, j->type, j->size, w->q);
-    for (int64_t d = 0; d < j->size; d++) top = fabsf((float)w->q[d]) <= top ? top : fabsf((float)w->q[d]);
+    widen(from, j->type, j->size, w->wide);
+    for (int64_t d = 0; d < j->size; d++) top = fabsf((float)w->wide[d]) <= top ? top : fabsf((float)w->wide[d]);
     *scale = top / (j->stored == INT8 ? 127.0f : 448.0f);
-    for (int64_t d = 0; d < j->size; d++) w->q[d] = (float)w->q[d] / (*scale > 0 ? *scale : 1.0f);
-    narrow(w->q, j->stored, j->size, to);
+    for (int64_t d = 0; d < j->size; d++) w->wide[d] = (float)w->wide[d] / (*scale > 0 ? *scale : 1.0f);
+    narrow(w->wide, j->stored, j->size, to);
 }
 
 static void write_tokens(Shared *s, View *w, int64_t index, int64_t following) {
-    int64_t stop = index * RUN + RUN < s->job->tokens ? index * RUN + RUN : s->job->tokens;
+    int64_t stop = index * RUN + RUN < s->job->at.tokens ? index * RUN + RUN : s->job->at.tokens;
     (void)following;
     for (int64_t t = index * RUN; t < stop; t++)
         for (int64_t i = 0; i < 2 * s->job->kv_heads; i++) write_head(s->job, w, t, i / 2, i % 2);
@@ -205,19 +223,22 @@ static void merge(const View *w, REAL *into, const REAL *from) {
 /* Keys and values [first, last) of a tile, in the page where that will do; what lies around them is never used. */
 static void load(Job *j, View *w, int64_t head, int64_t tile, int64_t first, int64_t last) {
     int64_t row = j->size * bytes_of(j->stored), dense = j->size == w->padded;
-    int64_t in_place = dense && j->page_size % RUN == 0 && j->stored == (SIZE == 4 ? F32 : F64);
-    for (int64_t i = 0; i < 2 * (TILE / RUN); i++) w->run[i % 2][i / 2] = w->tile[i % 2] + i / 2 * RUN * w->padded;
+    int64_t same = w->half || j->stored == (SIZE == 4 ? F32 : F64), in_place = dense && same && j->page_size % RUN == 0;
+    int64_t wide = w->padded * w->unit;
+    for (int64_t i = 0; i < 2 * (TILE / RUN); i++) w->run[i % 2][i / 2] = w->tile[i % 2] + i / 2 * RUN * wide;
     for (int64_t at = first, stop; at < last; at = stop) {
-        int64_t page = j->table[w->request * j->table_row + at / j->page_size], place = at % j->page_size;
+        int64_t page = j->at.table[w->request * j->at.table_row + at / j->page_size], place = at % j->page_size;
         stop = at - place + j->page_size < last ? at - place + j->page_size : last;
         if (page < 0 || page >= j->pages) j->failed = 1;
         for (int side = 0; side < 2 && !j->failed; side++) {
             const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
-            REAL *to = w->tile[side] + (at - tile) * w->padded;
+            char *to = w->tile[side] + (at - tile) * wide;
             for (int64_t i = (at - tile) / RUN; in_place && i * RUN < stop - tile; i++)
-                w->run[side][i] = (const REAL *)(from + (tile + i * RUN - at) * row);
+                w->run[side][i] = from + (tile + i * RUN - at) * row;
             int64_t count = in_place ? 0 : dense ? 1 : stop - at, n = dense ? j->size * (stop - at) : j->size;
-            for (int64_t i = 0; i < count; i++) widen(from + i * row, j->stored, n, to + i * w->padded);
+            for (int64_t i = 0; i < count; i++)
+                if (same) memcpy(to + i * wide, from + i * row, (size_t)(n * w->unit));
+                else widen(from + i * row, j->stored, n, (REAL *)(to + i * wide));
             if (j->stored >= INT8)
                 widen(j->scales[side] + page * j->scale_page + head * j->scale_head + place * 4, F32, stop - at,
                       w->scale[side] + at - tile);
@@ -244,7 +265,7 @@ static void foresee(const Job *j, View *w, int64_t request, int64_t head, int64_
     w->waiting = 0;
     for (int side = 1; side >= 0; side--)
         for (int64_t at = tile, stop; at < last; at = stop) {
-            int64_t page = j->table[request * j->table_row + at / j->page_size], place = at % j->page_size;
+            int64_t page = j->at.table[request * j->at.table_row + at / j->page_size], place = at % j->page_size;
             stop = at - place + j->page_size < last ? at - place + j->page_size : last;
             if (page < 0 || page >= j->pages) return;
             const char *from = j->held[side] + page * j->page + head * j->page_head + place * row;
@@ -254,25 +275,50 @@ static void foresee(const Job *j, View *w, int64_t request, int64_t head, int64_
     w->quantum = (lines + TILE - 1) / TILE;
 }
 
+#if SIZE == 4
+typedef uint16_t halves __attribute__((vector_size(WIDTH / 2), aligned(2), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(WIDTH), aligned(2), may_alias));
+
+INLINE vec numbers(const char *at, int half) {
+    return half ? (vec)(__builtin_convertvector(*(const halves *)at, uvec) << 16) : AT(at);
+}
+
+/* To each lane the products of two bfloat16 values. */
+INLINE vec pairs(vec sum, const char *a, const char *b) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+#else
+    uvec x = *(const uvec *)a, y = *(const uvec *)b;
+    return sum + (vec)(x << 16) * (vec)(y << 16) + (vec)(x & 0xffff0000) * (vec)(y & 0xffff0000);
+#endif
+}
+#else
+INLINE vec numbers(const char *at, int half) { return AT(at + 0 * half); }
+INLINE vec pairs(vec sum, const char *a, const char *b) { return a == b ? sum : sum; } /* not called */
+#endif
+
 /* Products of one query with LANES keys: each key's in its own vector, then all vectors summed by one tree. */
 #define PAIRS(w) for (int i = 0; i < LANES / 2 / w; i++) \
     a[i] = PICK(a[2 * i], a[2 * i + 1], LEFT, w) + PICK(a[2 * i], a[2 * i + 1], RIGHT, w);
-INLINE vec products(const REAL *q, const REAL *k, int64_t padded) {
+INLINE vec products(const char *q, const char *k, int64_t bytes, int half) {
     vec a[LANES] = {0};
-    for (int64_t h = 0; h < padded; h += LANES)
-        for (int i = 0; i < LANES; i++) a[i] += AT(q + h) * AT(k + i * padded + h);
+    for (int64_t h = 0; h < bytes; h += WIDTH)
+        for (int i = 0; i < LANES; i++)
+            if (half) a[i] = pairs(a[i], q + h, k + i * bytes + h);
+            else a[i] += AT(q + h) * AT(k + i * bytes + h);
     STAGES(PAIRS)
     return a[0];
 }
 
 /* One row's weights of keys [low, high) of a tile, 0 for others; returns what its sums so far are to be multiplied by. */
-INLINE REAL weigh(View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, int64_t high) {
+INLINE REAL weigh(View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, int64_t high, int half) {
+    int64_t wide = w->padded * (half ? 2 : SIZE);
     vec top = (vec){0} + *m, sum = {0};
     for (int64_t c = 0; c < TILE; c += LANES) {
         vec s = {0};
         ask(w, 4 * w->quantum);
         if (c < high && c + LANES > low)
-            s = products(w->q + row * w->padded, w->run[0][c / RUN] + c % RUN * w->padded, w->padded);
+            s = products(w->q + row * wide, w->run[0][c / RUN] + c % RUN * wide, wide, half);
         AT(p + c) = s * AT(w->scale[0] + c);
     }
     for (int64_t c = 0; c < TILE; c++) p[c] = c >= low && c < high ? p[c] : -(REAL)INFINITY;
@@ -289,7 +335,8 @@ INLINE REAL weigh(View *w, int64_t row, REAL *p, REAL *m, REAL *l, int64_t low, 
 
 /* Add values [low, high) of a tile to the sums of `rows` rows, `wide` vectors at a time. */
 INLINE void add_block(View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int64_t h, int rows,
-                      int wide) {
+                      int wide, int half) {
+    int64_t unit = half ? 2 : SIZE;
     vec a[ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < wide; i++) a[r][i] = AT(sums + r * w->padded + h + i * LANES) * factor[r];
@@ -298,7 +345,7 @@ INLINE void add_block(View *w, REAL *sums, const REAL *factor, int64_t low, int6
         ask(w, 4 * w->quantum);
         for (; c < stop; c++)
             for (int i = 0; i < wide; i++) {
-                vec x = AT(w->run[1][c / RUN] + c % RUN * w->padded + h + i * LANES);
+                vec x = numbers(w->run[1][c / RUN] + (c % RUN * w->padded + h + i * LANES) * unit, half);
                 for (int r = 0; r < rows; r++) a[r][i] += x * w->scores[r * TILE + c];
             }
     }
@@ -306,14 +353,14 @@ INLINE void add_block(View *w, REAL *sums, const REAL *factor, int64_t low, int6
         for (int i = 0; i < wide; i++) AT(sums + r * w->padded + h + i * LANES) = a[r][i];
 }
 
-INLINE void add_values(View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int rows) {
+INLINE void add_values(View *w, REAL *sums, const REAL *factor, int64_t low, int64_t high, int rows, int half) {
     int64_t h = 0;
-    for (; h + 4 * LANES <= w->padded; h += 4 * LANES) add_block(w, sums, factor, low, high, h, rows, 4);
-    for (; h < w->padded; h += LANES) add_block(w, sums, factor, low, high, h, rows, 1);
+    for (; h + 4 * LANES <= w->padded; h += 4 * LANES) add_block(w, sums, factor, low, high, h, rows, 4, half);
+    for (; h < w->padded; h += LANES) add_block(w, sums, factor, low, high, h, rows, 1, half);
 }
 
 /* One tile, loaded, for all rows of a unit; `seen` is the position of its first query. */
-static void attend_tile(const Job *j, View *w, REAL *state, int64_t tile, int64_t seen) {
+INLINE void attend_tile(const Job *j, View *w, REAL *state, int64_t tile, int64_t seen, int half) {
     int64_t share = j->heads / j->kv_heads;
     REAL *m = state + w->rows * w->padded, *l = m + w->rows, factor[ROWS];
     for (int64_t row = 0; row < w->rows; row += ROWS) {
@@ -323,15 +370,23 @@ static void attend_tile(const Job *j, View *w, REAL *state, int64_t tile, int64_
             int64_t at = seen + (row + i) / share - tile, end = at < 0 ? 0 : at < TILE ? at + 1 : TILE;
             int64_t begin = j->window && at >= j->window ? at - j->window + 1 : 0;
             REAL *p = w->scores + i * TILE;
-            factor[i] = weigh(w, row + i, p, m + row + i, l + row + i, begin, end);
+            factor[i] = weigh(w, row + i, p, m + row + i, l + row + i, begin, end, half);
             low = begin < low ? begin : low, high = end > high ? end : high;
         }
         REAL *sums = state + row * w->padded;
-        if (n == 1) add_values(w, sums, factor, low, high, 1);
-        else if (n == 2) add_values(w, sums, factor, low, high, 2);
-        else if (n == 3) add_values(w, sums, factor, low, high, 3 % (ROWS + 1));
-        else add_values(w, sums, factor, low, high, ROWS);
+        if (n == 1) add_values(w, sums, factor, low, high, 1, half);
+        else if (n == 2) add_values(w, sums, factor, low, high, 2, half);
+        else if (n == 3) add_values(w, sums, factor, low, high, 3 % (ROWS + 1), half);
+        else add_values(w, sums, factor, low, high, ROWS, half);
     }
+}
+
+static void attend_reals(const Job *j, View *w, REAL *state, int64_t tile, int64_t seen) {
+    attend_tile(j, w, state, tile, seen, 0);
+}
+
+static void attend_halves(const Job *j, View *w, REAL *state, int64_t tile, int64_t seen) {
+    attend_tile(j, w, state, tile, seen, SIZE == 4);
 }
 
 /* From the last, which tends to be the longest; requests are looked for from `request` on. */
@@ -341,7 +396,7 @@ static Unit locate(const Shared *s, int64_t request, int64_t index) {
     Cut c = s->cuts[request];
     Unit u = {request, (unit - c.first_unit) % s->job->kv_heads, (unit - c.first_unit) / s->job->kv_heads};
     skipped = c.apart ? 0 : u.piece * c.block;
-    u.start = s->job->starts[request] + skipped, u.seen = c.before + skipped;
+    u.start = s->job->at.starts[request] + skipped, u.seen = c.before + skipped;
     u.queries = c.queries - skipped < c.block ? c.queries - skipped : c.block;
     u.begin = c.apart ? c.begin + u.piece : c.begin, u.end = c.apart ? u.begin + 1 : c.end;
     return u;
@@ -376,7 +431,7 @@ static void attend_split(const Shared *s, View *w, const Unit *u, int64_t split,
             Unit next = locate(s, u->request, following);
             foresee_split(j, w, &next, next.begin);
         }
-        attend_tile(j, w, into, tile, u->seen);
+        (w->half ? attend_halves : attend_reals)(j, w, into, tile, u->seen);
     }
 }
 
@@ -388,8 +443,10 @@ static void attend(Shared *s, View *w, int64_t index, int64_t following) {
     w->rows = u.queries * c.share, w->state = w->rows * (w->padded + 2);
     for (int64_t r = 0; r < w->rows; r++) {
         const char *from = j->q + (u.start + r / c.share) * j->q_token + (u.head * c.share + r % c.share) * j->q_head;
-        widen(from, j->type, j->size, w->q + r * w->padded);
-        for (int64_t i = 0; i < j->size; i++) w->q[r * w->padded + i] *= (REAL)j->scale;
+        REAL *to = (REAL *)(w->q + r * w->padded * w->unit);
+        if (w->half) memcpy(to, from, (size_t)(j->size * w->unit));
+        else widen(from, j->type, j->size, to);
+        for (int64_t i = 0; i < j->size && !w->half; i++) to[i] *= (REAL)j->scale;
     }
     REAL *parts = s->parts + c.room + u.head * (c.end - c.begin) * w->state;
     REAL *sums = c.apart ? parts + u.piece * w->state : w->total;
@@ -413,13 +470,14 @@ static void attend(Shared *s, View *w, int64_t index, int64_t following) {
 
 static void *take(void *argument) {
     Shared *s = argument;
-    int64_t rows = s->rows, h = (s->job->size + LANES - 1) / LANES * LANES;
-    REAL *at = calloc((size_t)(h * (3 * rows + 2 * TILE) + 4 * rows + (ROWS + 2) * TILE), sizeof(REAL));
-    View w = {.padded = h, .request = s->job->requests - 1, .q = at, .total = at + rows * h};
-    w.part = w.total + rows * (h + 2), w.tile[0] = w.part + rows * (h + 2), w.tile[1] = w.tile[0] + TILE * h;
-    w.scale[0] = w.tile[1] + TILE * h, w.scale[1] = w.scale[0] + TILE, w.scores = w.scale[1] + TILE;
+    int64_t rows = s->rows, half = is_half(s->job), h = padded_size(s->job);
+    REAL *at = calloc((size_t)(h * (3 * rows + 2 * TILE + 1) + 4 * rows + (ROWS + 2) * TILE), sizeof(REAL));
+    View w = {.padded = h, .request = s->job->at.requests - 1, .half = half, .unit = half ? 2 : SIZE, .total = at};
+    w.part = w.total + rows * (h + 2), w.wide = w.part + rows * (h + 2), w.q = (char *)(w.wide + h);
+    w.tile[0] = w.q + rows * h * SIZE, w.tile[1] = w.tile[0] + TILE * h * SIZE;
+    w.scale[0] = (REAL *)w.tile[1] + TILE * h, w.scale[1] = w.scale[0] + TILE, w.scores = w.scale[1] + TILE;
     if (!at) s->job->failed = 2;
-    for (int64_t i = 0; at && i < 2 * TILE; i++) w.scale[0][i] = 1;
+    for (int64_t i = 0; at && i < 2 * TILE; i++) w.scale[0][i] = half && i < TILE ? (REAL)s->job->scale : 1;
     for (int64_t i, stop; at && (i = __atomic_fetch_add(&s->next, s->grab, __ATOMIC_RELAXED)) < s->count;)
         for (stop = i + s->grab < s->count ? i + s->grab : s->count; i < stop; i++)
             s->work(s, &w, i, i + 1 < stop ? i + 1 : -1);
@@ -429,7 +487,7 @@ static void *take(void *argument) {
 
 /* Do all units. Without OpenMP threads are started each time: a pool would not survive a fork. */
 static void share_out(Shared *s) {
-    int threads = (int)(s->job->threads < s->count ? s->job->threads : s->count);
+    int threads = (int)(s->job->at.threads < s->count ? s->job->at.threads : s->count);
     s->next = 0, s->grab = s->count / (8 * threads) + 1;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
@@ -445,16 +503,16 @@ static void share_out(Shared *s) {
 
 /* Write the new keys and values, then attend; returns `failed`. */
 int paged_attention(Job *j) {
-    int64_t padded = (j->size + LANES - 1) / LANES * LANES, share = j->heads / j->kv_heads, units = 0, room = 0;
+    int64_t padded = padded_size(j), share = j->heads / j->kv_heads, units = 0, room = 0;
     int64_t most = 1;
     int alone = 1;
-    Cut *cuts = malloc((size_t)j->requests * sizeof(Cut));
-    int32_t *done = calloc((size_t)(j->requests * j->kv_heads), sizeof(int32_t));
-    for (int64_t r = 0; cuts && r < j->requests; r++) {
-        Cut c = {share, share > BLOCK ? 1 : BLOCK / share, j->starts[r + 1] - j->starts[r]};
-        c.before = j->context[r] - c.queries, c.first_unit = units, c.room = room;
+    Cut *cuts = malloc((size_t)j->at.requests * sizeof(Cut));
+    int32_t *done = calloc((size_t)(j->at.requests * j->kv_heads), sizeof(int32_t));
+    for (int64_t r = 0; cuts && r < j->at.requests; r++) {
+        Cut c = {share, share > BLOCK ? 1 : BLOCK / share, j->at.starts[r + 1] - j->at.starts[r]};
+        c.before = j->at.context[r] - c.queries, c.first_unit = units, c.room = room;
         c.begin = j->window && c.before >= j->window ? (c.before - j->window + 1) / SPLIT : 0;
-        c.end = (j->context[r] - 1) / SPLIT + 1, c.apart = c.queries <= c.block && c.end - c.begin > 1;
+        c.end = (j->at.context[r] - 1) / SPLIT + 1, c.apart = c.queries <= c.block && c.end - c.begin > 1;
         units += j->kv_heads * (c.apart ? c.end - c.begin : (c.queries + c.block - 1) / c.block);
         room += c.apart * (c.end - c.begin) * j->heads * c.queries * (padded + 2);
         most = c.queries > most ? c.queries < c.block ? c.queries : c.block : most;
@@ -462,7 +520,7 @@ int paged_attention(Job *j) {
         cuts[r] = c;
     }
     REAL *parts = malloc((size_t)(room + 1) * sizeof(REAL));
-    Shared s = {j, write_tokens, (j->tokens + RUN - 1) / RUN, 0, 1, cuts, done, parts, most * share, alone};
+    Shared s = {j, write_tokens, (j->at.tokens + RUN - 1) / RUN, 0, 1, cuts, done, parts, most * share, alone};
     j->failed = cuts && done && parts ? 0 : 2;
     if (!j->failed && !alone) share_out(&s);
     s.work = attend, s.count = units;
