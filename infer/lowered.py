@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from infer.attention import Pages
-from infer.attention.cpu import CpuAttention, Job
+from infer.attention.cpu import CpuAttention, Job, Place
 from infer.batch import StepBatch
 from infer.cache import PagedCore
 from parallel.errors import ConfigError, DataError, refuse
@@ -17,7 +17,7 @@ from parallel.kernels.inference import Panels, Program
 from parallel.models.block import Block
 from parallel.models.decoder import Decoder
 from parallel.models.norm import RMSNorm
-from parallel.models.rope import angles
+from parallel.models.rope import KeptAngles
 from parallel.tp.method import Packed
 
 __all__ = ["Lowered"]
@@ -31,12 +31,12 @@ class _Attention:
     core: PagedCore
     pages: Pages | None = None
 
-    def aim(self, places: Sequence[tuple[int, ...]]) -> None:
+    def aim(self, places: Sequence[Place]) -> None:
         if self.pages is not self.core.pages:
             assert self.core.pages is not None, "allocate the cache first"
             self.job.point(self.core.pages)
             self.pages = self.core.pages
-        self.job.aim(places[self.core.group])
+        self.job.at = places[self.core.group]
 
 
 class Lowered:
@@ -55,7 +55,7 @@ class Lowered:
         refuse(ConfigError, _problems(model))
         assert model.embedding is not None and model.norm is not None and model.head is not None
         config, table = model.config, model.embedding.weight.detach()
-        self._config = config
+        self._vocabulary, self._angles = config.vocabulary, KeptAngles(config)
         self._all, self._some = Program(table.dtype, rows), Program(table.dtype, min(rows, wanted))
         self._attentions: list[_Attention] = []
         memory, some, size = self._all.memory, self._some.memory, config.head_size
@@ -117,14 +117,13 @@ class Lowered:
         if rows > self._all.rows or count > self._some.rows:
             return None
         low, high = (int(bound) for bound in batch.tokens_T.aminmax())
-        if low < 0 or high >= self._config.vocabulary:
+        if low < 0 or high >= self._vocabulary:
             bad = low if low < 0 else high
-            raise DataError(f"token id {bad} is outside the vocabulary of {self._config.vocabulary}")
+            raise DataError(f"token id {bad} is outside the vocabulary of {self._vocabulary}")
         self._tokens[:rows, 0] = batch.tokens_T
         self._wanted[:count, 0] = torch.arange(rows) if wanted is None else wanted
-        for place, turns in zip(self._turns, angles(self._config, batch), strict=True):
-            place[:rows] = turns
-        places = [Job.place(batch, group) for group in range(len(batch.table))]
+        self._angles.write(batch, batch.longest, self._turns)
+        places = [Place.of(batch, group) for group in range(len(batch.table))]
         for attention in self._attentions:
             attention.aim(places)
         if status := self._all.run(rows):

@@ -128,22 +128,26 @@ class Runner:
         slots_T: list[NDArray[np.int64]],
         of: int,
     ) -> Part:
-        first, last = step.bounds[runs], step.bounds[runs + 1]
-        lengths = last - first
-        bounds = np.concatenate(([0], np.cumsum(lengths)))
         where: Any = slice(None)
-        if of > 1:
+        if of == 1:
+            bounds, samples, decoding = step.bounds, step.samples, step.decoding
+            rows_R, stops_R = step.rows_R, step.stops_R
+        else:
+            rows_R, stops_R, first = step.rows_R[runs], step.stops_R[runs], step.bounds[runs]
+            lengths = step.bounds[runs + 1] - first
+            bounds = np.concatenate(([0], np.cumsum(lengths)))
             where = np.arange(bounds[-1]) + np.repeat(first - bounds[:-1], lengths)
-        samples, decoding = (int(np.searchsorted(runs, n)) for n in (step.samples, step.decoding))
+            samples, decoding = (int(np.searchsorted(runs, n)) for n in (step.samples, step.decoding))
         wanted, prompts = bounds[1 : samples + 1] - 1, []
         for place, run in enumerate(runs.tolist()):
             request = step.requests[run]
+            if request.params.prompt_logprobs is None:
+                continue
             begin, end = int(step.starts_R[run]), min(int(step.stops_R[run]), request.prompt - 1)
-            if request.params.prompt_logprobs is not None and begin < end:
+            if begin < end:
                 rows = bounds[place] + np.arange(end - begin)
                 prompts.append((run, slice(len(wanted), len(wanted) + len(rows))))
                 wanted = np.concatenate((wanted, rows))
-        stops_R, rows_R = step.stops_R[runs], step.rows_R[runs]
         longest = int(stops_R.max())
         pages = -(-longest // self.cache.page_size)
         give = self._tensor
@@ -157,7 +161,7 @@ class Runner:
             context_R=give(stops_R.astype(np.int32)),
             starts_R=give(bounds.astype(np.int32)),
             longest=longest,
-            widest=int(lengths.max()),
+            widest=int(np.diff(bounds).max()),
         )
         sources = None if step.sources_D is None else give(step.sources_D[runs[:decoding]])
         return Part(batch, runs, samples, sources, prompts)
@@ -207,25 +211,32 @@ class Runner:
         """Sample on the last stage, and let every stage know."""
         step, pp = prepared.step, self.mesh.pp
         sampled, prompts = self._sample(prepared, logits) if logits else (None, {})
-        told_2S = torch.zeros(2, step.samples, dtype=torch.int64, device=self.mesh.device)
-        if sampled is not None:
-            told_2S = torch.stack([sampled.tokens_R, sampled.failed_R.to(torch.int64)])
-            for run in sampled.errors:
-                told_2S[1, run] = 1
-        if self.mesh.tp.size > 1 and any(row.params.constraint is not None for row in prepared.rows):
-            comm.sum_(told_2S[1], self.mesh.tp, "max")  # a form that is too complex for one rank has ended for all
-        comm.sum_(told_2S, pp)
-        self._last = told_2S[0]
-        tokens, failed = told_2S.tolist()
-        known = [-1 if bad else token for token, bad in zip(tokens, failed, strict=True)]
+        alike = self.mesh.tp.size == 1 or all(row.params.constraint is None for row in prepared.rows)
         resolved = sampled.resolve() if sampled is not None else _NOTHING
+        if pp.size > 1 or not alike:
+            known = self._agree(sampled, step.samples, alike)
+        else:
+            known = [-1 if token is None else token for token in resolved.tokens]
+            if sampled is not None:
+                self._last = sampled.tokens_R
         details = resolved.errors, resolved.logprobs, resolved.candidates, prompts
         if pp.size > 1:
-            asked = any(failed) or any(_reports(row) for row in prepared.rows)
+            asked = -1 in known or any(_reports(row) for row in prepared.rows)
             asked = asked or any(part.prompts for part in prepared.parts)
             details = _unpacked(comm.gather_json(_packed(details), pp)[-1]) if asked else ({}, {}, {}, {})
         errors, logprobs, candidates, prompts = details
         return Outcome(known, errors, logprobs, candidates, prompts, self._lost(step))
+
+    def _agree(self, sampled: Sampled | None, samples: int, alike: bool) -> list[int]:
+        """The tokens that the last stage has sampled, -1 where a row has failed on any rank that samples."""
+        told_2S = torch.zeros(2, samples, dtype=torch.int64, device=self.mesh.device)
+        if sampled is not None:
+            told_2S = torch.stack([sampled.tokens_R, sampled.failed_R.to(torch.int64)])
+        if not alike:  # a form that is too complex for one rank has ended for all
+            comm.sum_(told_2S[1], self.mesh.tp, "max")
+        comm.sum_(told_2S, self.mesh.pp)
+        self._last = told_2S[0]
+        return [-1 if bad else token for token, bad in zip(*told_2S.tolist(), strict=True)]
 
     def _sample(self, prepared: Prepared, logits: list[Tensor]) -> tuple[Sampled | None, dict[int, list[TokenLogProb]]]:
         step, prompts = prepared.step, {}

@@ -20,6 +20,9 @@ from parallel.errors import ConfigError, DataError
 from parallel.kernels import inference
 from parallel.kernels.inference import Program, panels, panels_product
 from parallel.mesh import Layout, Mesh
+from parallel.models.batch import Batch
+from parallel.models.config import DecoderConfig, RopeConfig
+from parallel.models.rope import KeptAngles, angles
 
 T = TypeVar("T")
 
@@ -263,3 +266,18 @@ def test_a_program_has_the_bits_of_the_functions(inner: int, dtype: torch.dtype)
             heads_H[:, 1:4] = done(inference.norm(heads_H[:, 1:4].contiguous(), head_weight, 1e-5))
             assert inference.rotate_(want, heads - 1, cos[:rows], sin[:rows])
         assert torch.equal(x[:rows], want)
+
+
+@pytest.mark.parametrize("scaling", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_angles_that_are_kept_are_those_of_the_batch(scaling: str) -> None:
+    """As the positions grow, and beyond those that are kept; rows behind the batch's stay as they were."""
+    rope = RopeConfig(scaling=scaling, factor=4.0, original=64, beta_slow=0.5)  # type: ignore[arg-type]
+    config = DecoderConfig(vocabulary=11, hidden=64, heads=2, rope=rope, max_positions=1024).resolved()
+    kept = KeptAngles(config, 256)
+    for lengths in ((3, 1), (40, 7), (33,), (255, 2), (256,), (300, 4), (5,)):
+        batch = Batch.pack([torch.zeros(length, dtype=torch.int64) for length in lengths])
+        out = torch.full((310, 16), 7.0), torch.full((310, 16), 7.0)
+        kept.write(batch, max(lengths), out)
+        for got, want in zip(out, angles(config, batch), strict=True):
+            assert torch.equal(got[: len(batch)], want)
+            assert torch.equal(got[len(batch) :], torch.full((310 - len(batch), 16), 7.0))

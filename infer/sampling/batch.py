@@ -14,7 +14,7 @@ from infer.sampling.edits import EDITED, edit
 from infer.sampling.history import History
 from infer.sampling.logprobs import LogProbs, of_scaled, of_tokens
 from infer.sampling.row import NUMBERS, Entry, Feature, Kind, Row
-from infer.sampling.sampled import Sampled, finished
+from infer.sampling.sampled import Sampled
 from infer.sampling.weights import Space, first_largest, largest, log_total, scaled, weights
 
 __all__ = ["sample"]
@@ -46,7 +46,7 @@ def sample(
     device = logits_RV.device
     out = Sampled(
         torch.empty(len(rows), dtype=torch.int64, device=device),
-        torch.empty(len(rows), dtype=torch.int8, device=device),
+        torch.empty(len(rows), dtype=torch.float32, device=device),
     )
     for kind, width, places in _groups(entries, max(1, chunk // logits_RV.shape[1])):
         _Part(logits_RV, rows, entries, places, out, forms, space).run(kind, width, history)
@@ -127,8 +127,7 @@ class _Part:
             most, tokens = first_largest(x_RV)
             self._report(Feature.PROCESSED, lambda some, most: self._of_logits(x_RV, tokens, some, most))
         self._report(Feature.RAW, lambda some, most: self._of_logits(self.raw_RV, tokens, some, most))
-        done = finished(tokens, most)
-        self.out.tokens_R[self.at], self.out.failed_R[self.at] = done.tokens_R, done.failed_R
+        self.out.tokens_R[self.at], self.out.largest_R[self.at] = tokens, most
 
     def _edited(self, x_RV: Tensor, history: History) -> Tensor:
         if not self.present & EDITED:

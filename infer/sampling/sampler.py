@@ -13,7 +13,7 @@ from infer.constrain.forms import Forms
 from infer.sampling.batch import sample
 from infer.sampling.history import History
 from infer.sampling.row import Entry, Feature, Kind, Row, compile_row
-from infer.sampling.sampled import Sampled, finished
+from infer.sampling.sampled import Sampled
 from infer.sampling.weights import Space, first_largest
 
 __all__ = ["Sampler"]
@@ -63,7 +63,7 @@ class Sampler:
         entries = [self._entries.get(row.id) or self._enter(row) for row in rows]
         if all(entry.kind is Kind.PLAIN for entry in entries):
             largest, tokens = first_largest(logits_RV)
-            return finished(tokens, largest)
+            return Sampled(tokens, largest)
         return sample(logits_RV.float(), rows, entries, self._history, self.forms, self._space, self.chunk)
 
     def forget(self, request: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.models.batch import Batch
 from parallel.models.config import DecoderConfig, RopeConfig
 
-__all__ = ["Angles", "angles", "frequencies"]
+__all__ = ["Angles", "KeptAngles", "angles", "frequencies"]
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, (T, H / 2)."""
@@ -28,6 +28,32 @@ def angles(config: DecoderConfig, batch: Batch) -> Angles:
     if rope.scaling == "yarn" and (scale := _attention_factor(rope)) != 1.0:
         return turns.cos() * scale, turns.sin() * scale
     return turns.cos(), turns.sin()
+
+
+class KeptAngles:
+    """:func:`angles` for many batches: those of the first positions are computed once.
+
+    Args:
+        config: of the model.
+        most: positions to keep them of.
+    """
+
+    def __init__(self, config: DecoderConfig, most: int = 1 << 15) -> None:
+        self._config, self._kept = config, most if config.rope.scaling != "dynamic" else 0
+        self._known: Angles = (torch.empty(0), torch.empty(0))
+
+    def write(self, batch: Batch, longest: int, out: Angles) -> None:
+        """Those of a batch, none of whose positions reaches ``longest``, into the first rows of ``out``."""
+        rows = len(batch)
+        if longest > self._kept:
+            for place, turns in zip(out, angles(self._config, batch), strict=True):
+                place[:rows] = turns
+            return
+        if longest > len(self._known[0]):
+            count = min(1 << (longest - 1).bit_length(), self._kept)
+            self._known = angles(self._config, Batch.pack([torch.zeros(count, dtype=torch.int64)]))
+        for place, turns in zip(out, self._known, strict=True):
+            torch.index_select(turns, 0, batch.positions_T, out=place[:rows])
 
 
 @functools.lru_cache(maxsize=64)
