@@ -7,7 +7,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from infer.completion import Completion, Event
 from infer.engine import Engine
@@ -22,11 +22,20 @@ from parallel.native import let_go_of_threads
 __all__ = ["AsyncEngine"]
 
 
-class _Stream(NamedTuple):
-    """Who waits for the events of a request, and on which loop."""
+@dataclasses.dataclass(slots=True, eq=False)
+class _Stream:
+    """Who is told the events of a request, and on which loop; ``id`` once the engine has it."""
 
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | BaseException]
+    put: Callable[[Event | BaseException], None]
+    id: int = 0
+    over: bool = False
+
+    def give(self, event: Event | BaseException) -> None:
+        """On its loop."""
+        if not self.over:
+            self.over = isinstance(event, BaseException) or event.completion is not None
+            self.put(event)
 
 
 class AsyncEngine:
@@ -72,29 +81,57 @@ class AsyncEngine:
         Raises:
             RequestError: it cannot be continued, with every reason.
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event | BaseException]()
-        number: asyncio.Future[int] = loop.create_future()
-
-        def order() -> None:
-            try:
-                id = self.engine.add(prompt, params, **options)
-                self._streams[id] = _Stream(loop, events)
-                loop.call_soon_threadsafe(_resolve, number, id)
-            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
-                loop.call_soon_threadsafe(_refuse, number, error)
-
-        self._order(order)
+        events = asyncio.Queue[Event | BaseException]()
+        end = self.begin(events.put_nowait, prompt, params, **options)
         try:
             while True:
-                event = await events.get() if number.done() else await self._first(number, events)
+                event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
                 yield event
                 if event.completion is not None:
                     return
         finally:
-            if not number.cancelled():
-                self._order(lambda: self._abort(number))
+            end()
+
+    def begin(
+        self,
+        put: Callable[[Event | BaseException], None],
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Callable[[], None]:
+        """Continue a prompt as :meth:`stream` does, for who is called rather than waits.
+
+        Args:
+            put: called on the running loop with each event, or with why there are none; all of a step in one go.
+            prompt, params, options: of :meth:`Engine.add`.
+
+        Returns:
+            what ends the request; nothing is put after it.
+        """
+        stream = _Stream(asyncio.get_running_loop(), put)
+
+        def add() -> None:
+            try:
+                if self._failed is not None:
+                    raise self._failed
+                stream.id = self.engine.add(prompt, params, **options)
+                self._streams[stream.id] = stream
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
+                stream.loop.call_soon_threadsafe(stream.give, error)
+
+        def abort() -> None:
+            if self._streams.pop(stream.id, None) is not None:
+                self.engine.abort(stream.id)
+
+        def end() -> None:
+            if not stream.over:
+                stream.over = True
+                self._orders.put(abort)
+
+        self._order(add)
+        return end
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **options: Any) -> Completion:
         """Continue a prompt; arguments and errors as those of :meth:`stream`."""
@@ -128,19 +165,10 @@ class AsyncEngine:
         finally:
             call.over = True
 
-    async def _first(self, number: asyncio.Future[int], events: asyncio.Queue[Event | BaseException]) -> Any:
-        await asyncio.shield(number)
-        return await events.get()
-
     def _order(self, order: Callable[[], None]) -> None:
-        if self._failed is not None:
-            raise self._failed
         self._orders.put(order)
-
-    def _abort(self, number: asyncio.Future[int]) -> None:
-        if number.done() and not number.exception():
-            self._streams.pop(number.result(), None)
-            self.engine.abort(number.result())
+        if self._failed is not None:  # looked at last: who fails looks at the orders last
+            raise self._failed
 
     def _obey(self) -> bool:
         """Do what was ordered meanwhile; with nothing else to do, wait for an order. False: the order was to end."""
@@ -191,34 +219,42 @@ class AsyncEngine:
 
     def _tell(self, events: Sequence[Event]) -> None:
         """Give events to those who wait for them: a loop is woken once a step, not once an event."""
-        told: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event | BaseException], Event]]] = {}
+        told: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event]]] = {}
         for event in events:
             if stream := self._streams.get(event.id):
-                told.setdefault(stream.loop, []).append((stream.events, event))
+                told.setdefault(stream.loop, []).append((stream, event))
             if event.completion is not None:
                 self._streams.pop(event.id, None)
         for loop, own in told.items():
-            loop.call_soon_threadsafe(_put, own)
+            loop.call_soon_threadsafe(_give, own)
 
     def _run(self) -> None:
+        end: BaseException = RuntimeError("the engine was closed")
         try:
-            while True:
-                if not self._obey():
-                    return
+            while self._obey():
                 self._embed()
                 self._tell(self.engine.step())
         except BaseException as error:  # noqa: BLE001 - everybody who waits must hear of it
-            self._failed = error
-            for stream in list(self._streams.values()):
-                stream.loop.call_soon_threadsafe(stream.events.put_nowait, error)
-            self._gather.fail(error)
+            end = error
         finally:
+            self._end(end)
             self.engine.close()
 
+    def _end(self, error: BaseException) -> None:
+        """Tell everybody, also those whose orders nobody has looked at."""
+        self._failed = error
+        for stream in self._streams.values():
+            stream.loop.call_soon_threadsafe(stream.give, error)
+        self._streams.clear()
+        while not self._orders.empty():
+            if order := self._orders.get():
+                order()
+        self._gather.fail(error)
 
-def _put(told: Sequence[tuple[asyncio.Queue[Event | BaseException], Event]]) -> None:
-    for events, event in told:
-        events.put_nowait(event)
+
+def _give(told: Sequence[tuple[_Stream, Event]]) -> None:
+    for stream, event in told:
+        stream.give(event)
 
 
 def _resolve(future: asyncio.Future[Any], value: object) -> None:

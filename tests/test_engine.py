@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from infer import LLM, EngineConfig, RequestError, SamplingParams
 from infer.aio import AsyncEngine
 from infer.build import build_engine
 from infer.chat import ChatTemplate
+from infer.completion import Event
 from infer.lockstep import Replica
 from parallel.errors import ModelFolderError
 from parallel.hf import load_model, save_model
@@ -210,6 +212,45 @@ def test_coroutines_share_an_engine(folder: Path) -> None:
                 break
             await stream.aclose()
         assert not llm.engine.busy
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("how", ["fails", "closes"])
+def test_who_waits_is_told_that_the_engine_has_ended(folder: Path, how: str) -> None:
+    """Also whose order nobody has looked at: it comes while the last step is made."""
+    llm = LLM(folder, config=config_of())
+    step, reached, go_on = llm.engine.step, threading.Event(), threading.Event()
+
+    def last() -> list[Event]:
+        reached.set()
+        assert go_on.wait(20)
+        if how == "fails":
+            raise OSError("a broken engine")
+        return step()
+
+    async def main() -> None:
+        expected = (
+            pytest.raises(OSError, match="broken") if how == "fails" else pytest.raises(RuntimeError, match="closed")
+        )
+        async with AsyncEngine(llm.engine) as engine:
+            llm.engine.step = last
+            first = asyncio.create_task(engine.generate(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True)))
+            await asyncio.to_thread(reached.wait, 20)
+            if how == "closes":
+                closing = asyncio.create_task(engine.__aexit__())
+                await asyncio.sleep(0.05)
+            late = asyncio.create_task(engine.generate(PROMPT))
+            vectors = asyncio.create_task(engine.embed([PROMPT]))
+            await asyncio.sleep(0.05)
+            go_on.set()
+            for task in (first, late, vectors):
+                with expected:
+                    await task
+            with expected:
+                await engine.generate(PROMPT)
+            if how == "closes":
+                await closing
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

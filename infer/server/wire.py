@@ -47,7 +47,7 @@ __all__ = [
 KEY_BYTES = 32
 LARGEST = 64 << 20
 """Bytes of a frame."""
-_MAGIC = b"lockstep serve 2"
+_MAGIC = b"lockstep serve 3"
 _HEAD = struct.Struct("<I16s")
 _LENGTH = struct.Struct("<I")
 _FULL = 1 << 20
@@ -105,10 +105,9 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Given(msgspec.Struct, tag=True, frozen=True):
-    """What a step added to a prompt."""
+    """What a step added to prompts; the ``id`` of an event is the ``number`` of its :class:`Add`."""
 
-    number: int
-    event: Event
+    events: list[Event]
 
 
 class Vectors(msgspec.Struct, tag=True, frozen=True):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
+from functools import partial
 
 from infer.aio import AsyncEngine
+from infer.completion import Event
 from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
 from infer.server.wire import (
-    Abort,
     Add,
     Channel,
     ChannelError,
@@ -44,6 +44,8 @@ class Worker:
     def __init__(self, channel: Channel, engine: AsyncEngine, hello: Hello, stats: Callable[[], Stats]) -> None:
         self._channel, self._engine, self._hello, self._stats = channel, engine, hello, stats
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._ends: dict[int, Callable[[], None]] = {}
+        self._given: list[Event] = []
         self._failed: BaseException | None = None
 
     async def run(self) -> None:
@@ -63,6 +65,8 @@ class Worker:
             if self._failed is not None:
                 raise self._failed
         finally:
+            for end in self._ends.values():
+                end()
             tasks = [telling, orders, *self._tasks.values()]
             for task in tasks:
                 task.cancel()
@@ -73,32 +77,45 @@ class Worker:
         while True:
             order = unpack(await self._channel.receive(), ToEngine)
             if isinstance(order, Add):
-                self._tasks[order.number] = asyncio.create_task(self._continue(order))
+                self._continue(order)
             elif isinstance(order, Embed):
                 self._tasks[order.number] = asyncio.create_task(self._embed(order))
-            elif isinstance(order, Abort) and (task := self._tasks.get(order.number)) is not None:
+            elif (end := self._ends.pop(order.number, None)) is not None:
+                end()
+            elif (task := self._tasks.get(order.number)) is not None:
                 task.cancel()
 
-    async def _continue(self, order: Add) -> None:
-        number, channel = order.number, self._channel
+    def _continue(self, order: Add) -> None:
+        put, options = partial(self._put, order.number), {"priority": order.priority, "salt": order.salt}
         try:
             params = SamplingParams.from_json(order.params)
-            options = {"priority": order.priority, "salt": order.salt}
-            async with contextlib.aclosing(self._engine.stream(order.prompt, params, **options)) as events:
-                async for event in events:
-                    channel.send(pack(Given(number, event)))
-                    await channel.drain()
-        except RequestError as error:
-            channel.send(pack(Refused(number, list(error.problems))))
-        except (TypeError, KeyError) as error:
-            channel.send(pack(Refused(number, [f"parameters: {error}"])))
-        except ChannelError:
-            pass
-        except Exception as error:  # noqa: BLE001 - the engine is done for, and with it this process
-            self._failed = error
+            self._ends[order.number] = self._engine.begin(put, order.prompt, params, **options)
+        except Exception as error:  # noqa: BLE001 - told as those that come later
+            put(error)
+
+    def _put(self, number: int, event: Event | BaseException) -> None:
+        """Queue what a step gave; all of it is one message, but for the ends of requests, which may be large."""
+        if isinstance(event, BaseException) or event.completion is not None:
+            self._ends.pop(number, None)
+            self._give()
+        if isinstance(event, RequestError):
+            self._channel.send(pack(Refused(number, list(event.problems))))
+        elif isinstance(event, TypeError | KeyError):
+            self._channel.send(pack(Refused(number, [f"parameters: {event}"])))
+        elif isinstance(event, BaseException):  # the engine is done for, and with it this process
+            self._failed = event
             self._channel.close()
-        finally:
-            self._tasks.pop(number, None)
+        else:
+            if not self._given:
+                asyncio.get_running_loop().call_soon(self._give)
+            self._given.append(event._replace(id=number))
+            if event.completion is not None:
+                self._give()
+
+    def _give(self) -> None:
+        if self._given:
+            given, self._given = self._given, []
+            self._channel.send(pack(Given(given)))
 
     async def _embed(self, order: Embed) -> None:
         try:

@@ -61,7 +61,7 @@ def _sent(path: Path, data: bytes) -> bytes:
 
 @case("S33 strangers on the channel of the engine", secure=True)
 def channel(stage: Stage, seen: Seen) -> None:
-    house, magic = stage.plain(), b"lockstep serve 2"
+    house, magic = stage.plain(), b"lockstep serve 3"
     with stage.watched(house, seen):
         found = _sockets(house)
         must(found, "there is no socket")
