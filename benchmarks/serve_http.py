@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,36 +84,80 @@ def serving(folder: Path, threads: int, *options: str) -> Iterator[Server]:
         server.stop()
 
 
-async def stream(port: int, prompt: Sequence[int], tokens: int) -> AsyncGenerator[tuple[int, Any], None]:
-    """A streamed completion: its status and its events, none of which is parsed twice."""
-    body = {"model": "model", "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    data = json.dumps({**body, "stream": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
+class Choice(msgspec.Struct):
+    """Of an event."""
+
+    text: str
+    finish_reason: str | None
+
+
+class Told(msgspec.Struct):
+    """An event of a streamed completion."""
+
+    choices: list[Choice] = []
+
+
+class Reply(asyncio.Protocol):
+    """A streamed completion, read with as little work as can be: it is done on the cores of the server.
+
+    Attributes:
+        began: by the clock.
+        status: of the answer.
+        first: seconds to the first event, or to the refusal.
+        ended: it came to its end.
+        over: the connection is.
+    """
+
+    told = msgspec.json.Decoder(Told)
+
+    def __init__(self, port: int, prompt: Sequence[int], tokens: int) -> None:
+        body = {"model": "model", "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        data = json.dumps({**body, "stream": True}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
-        status = int((await reader.readline()).split()[1])
-        if status != 200:
-            yield status, None
-            return
-        left = b""
-        while data := await reader.read(1 << 16):  # by lines would cost the cores that serve more than need be
-            *lines, left = (left + data).split(b"\n")
-            for line in lines:
-                if line.startswith(b"data: {"):
-                    yield status, msgspec.json.decode(line[6:])
+        self._request = f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data
+        self.began, self.status, self.first, self.ended = time.perf_counter(), 0, 0.0, False
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pieces: list[str] = []
+        self._left = b""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._pieces)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """Read the events that are there."""
+        *lines, self._left = (self._left + data).split(b"\n")
+        if not self.status and lines:
+            self.status = int(lines[0].split()[1])
+            self.first = 0.0 if self.status == 200 else time.perf_counter() - self.began
+        for line in lines:
+            if line.startswith(b"data: {"):
+                self.first = self.first or time.perf_counter() - self.began
+                for choice in self.told.decode(line[6:]).choices:
+                    self._pieces.append(choice.text)
+                    self.ended = self.ended or choice.finish_reason is not None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing follows."""
+        if not self.over.done():
+            self.over.set_result(None)
+
+
+async def reply(port: int, prompt: Sequence[int], tokens: int) -> Reply:
+    """All of a streamed completion."""
+    own = Reply(port, prompt, tokens)
+    transport, _ = await asyncio.get_running_loop().create_connection(lambda: own, "127.0.0.1", port)
+    try:
+        await own.over
     finally:
-        writer.close()
-
-
-async def whole(port: int, prompt: Sequence[int], tokens: int) -> tuple[int, str, bool]:
-    """Status, text, and whether it came to its end."""
-    text, ended, status = "", False, 0
-    async for status, event in stream(port, prompt, tokens):  # noqa: B007 - it is returned
-        if event is not None and event.get("choices"):
-            text += event["choices"][0]["text"]
-            ended = ended or event["choices"][0]["finish_reason"] is not None
-    return status, text, ended
+        transport.close()
+    return own
 
 
 def throughput(folder: Path, threads: int, rounds: int) -> tuple[list[Claim], dict[str, Any]]:
@@ -130,8 +174,8 @@ def throughput(folder: Path, threads: int, rounds: int) -> tuple[list[Claim], di
 
     async def online(port: int) -> tuple[float, list[str]]:
         began = time.perf_counter()
-        found = await asyncio.gather(*(whole(port, p, n) for p, n in zip(prompts, lengths, strict=True)))
-        return time.perf_counter() - began, [text for _, text, _ in found]
+        found = await asyncio.gather(*(reply(port, p, n) for p, n in zip(prompts, lengths, strict=True)))
+        return time.perf_counter() - began, [one.text for one in found]
 
     with serving(folder, threads, "--names", "model", "--engine.scheduler.prefix-cache", "false") as server:
         expected, texts = offline()[1], asyncio.run(online(server.port))[1]
@@ -162,11 +206,7 @@ def first_token(folder: Path, threads: int, rounds: int) -> tuple[list[Claim], d
         raise AssertionError
 
     async def there(port: int, prompt: Sequence[int]) -> float:
-        began = time.perf_counter()
-        async with contextlib.aclosing(stream(port, prompt, 4)) as events:
-            async for _ in events:
-                return time.perf_counter() - began
-        raise AssertionError
+        return (await reply(port, prompt, 4)).first
 
     async def run(port: int) -> list[tuple[float, float]]:
         pairs = []
@@ -195,19 +235,19 @@ def streams(folder: Path, threads: int) -> tuple[list[Claim], dict[str, Any]]:
     prompts, _ = requests()
     many = [[*prompts[i % len(prompts)][:24], i] for i in range(STREAMS)]
 
-    async def all_of(port: int) -> list[tuple[int, str, bool]]:
-        return await asyncio.gather(*(whole(port, prompt, 16) for prompt in many))
+    async def all_of(port: int) -> list[Reply]:
+        return await asyncio.gather(*(reply(port, prompt, 16) for prompt in many))
 
     async def one_by_one(port: int) -> list[str]:
-        return [(await whole(port, prompt, 16))[1] for prompt in many]
+        return [(await reply(port, prompt, 16)).text for prompt in many]
 
     with serving(folder, threads, "--names", "model") as server:
         began = time.perf_counter()
         found = asyncio.run(all_of(server.port))
         seconds = time.perf_counter() - began
         expected = asyncio.run(one_by_one(server.port))
-    lost = sum(status != 200 or not ended for status, _, ended in found)
-    mixed = sum(text != want for (_, text, _), want in zip(found, expected, strict=True))
+    lost = sum(one.status != 200 or not one.ended for one in found)
+    mixed = sum(one.text != want for one, want in zip(found, expected, strict=True))
     note = f"{STREAMS * 16 / seconds:.0f} tokens/s"
     return [Claim(f"of {STREAMS} streams at once, lost or mixed", lost + mixed, "0", lost + mixed == 0, note)], {}
 
@@ -217,37 +257,27 @@ def overload(folder: Path, threads: int, seconds: float) -> tuple[list[Claim], d
     prompts, _ = requests()
     options = ("--names", "model", "--http.queue-requests", "16", "--http.most-prompts", "16")
 
-    async def one(port: int, prompt: Sequence[int], into: list[tuple[int, float, bool]]) -> None:
-        began = time.perf_counter()
-        first, status, ended = 0.0, 0, False
-        async for status, event in stream(port, prompt, 32):  # noqa: B007 - it is returned
-            first = first or time.perf_counter() - began
-            ended = ended or bool(event and event.get("choices") and event["choices"][0]["finish_reason"])
-        into.append((status, first, ended))
-
     async def capacity(port: int) -> float:
-        found: list[tuple[int, float, bool]] = []
         began = time.perf_counter()
-        await asyncio.gather(*(one(port, prompts[i % 32], found) for i in range(16)))
+        await asyncio.gather(*(reply(port, prompts[i % 32], 32) for i in range(16)))
         return 16 / (time.perf_counter() - began)
 
-    async def run(port: int) -> list[tuple[int, float, bool]]:
+    async def run(port: int) -> list[Reply]:
         await capacity(port)
-        rate, found = 3 * await capacity(port), list[tuple[int, float, bool]]()
-        tasks, began = [], time.perf_counter()
+        rate = 3 * await capacity(port)
+        tasks, began = list[asyncio.Task[Reply]](), time.perf_counter()
         while (now := time.perf_counter() - began) < seconds:
             while len(tasks) < now * rate:
-                tasks.append(asyncio.create_task(one(port, prompts[len(tasks) % 32], found)))
+                tasks.append(asyncio.create_task(reply(port, prompts[len(tasks) % 32], 32)))
             await asyncio.sleep(0.005)
-        await asyncio.gather(*tasks)
-        return found
+        return await asyncio.gather(*tasks)
 
     with serving(folder, threads, *options) as server:
         found = asyncio.run(run(server.port))
-    counts = Counter(status for status, _, _ in found)
-    refused = sorted(first for status, first, _ in found if status == 429)
+    counts = Counter(one.status for one in found)
+    refused = sorted(one.first for one in found if one.status == 429)
     slow = 1000 * refused[int(0.99 * len(refused))] if refused else 0.0
-    unfinished = sum(status == 200 and not ended for status, _, ended in found)
+    unfinished = sum(one.status == 200 and not one.ended for one in found)
     others = len(found) - counts[200] - counts[429]
     note = (
         f"{counts[200]} served, {counts[429]} refused in {seconds:.0f} s, slowest {1000 * max(refused, default=0):.0f}"
@@ -263,16 +293,11 @@ def overload(folder: Path, threads: int, seconds: float) -> tuple[list[Claim], d
 def start(folder: Path, threads: int) -> tuple[list[Claim], dict[str, Any]]:
     """From the command to a token."""
 
-    async def token(port: int) -> None:
-        async with contextlib.aclosing(stream(port, [1, 2, 3], 2)) as events:
-            async for _ in events:
-                return
-
     took = []
     for _ in range(3):
         with serving(folder, threads, "--names", "model") as server:
-            asyncio.run(token(server.port))
-            took.append(time.perf_counter() - server.began)
+            first = asyncio.run(reply(server.port, [1, 2, 3], 2))
+            took.append(first.began + first.first - server.began)
     best = statistics.median(took)
     return [Claim("from the start to the first token, s", best, "< 6", best < 6)], {"start_s": took}
 

@@ -115,12 +115,13 @@ def test_ids_are_those_of_one_connection_and_one_request(played: Played) -> None
         say(first, "a", "chat.completions", CHAT)
         say(second, "a", "cancel")
         say(first, "b", "cancel")
-        script.gate.set()
-        refused = [json.loads(second.recv(timeout=5))]
-        found: list[dict[str, Any]] = []
-        while not found or found[-1]["type"] != "done":
+        refused, found = [json.loads(second.recv(timeout=5))], list[dict[str, Any]]()
+        while len(refused) < 3:
             found.append(json.loads(first.recv(timeout=5)))
-        refused += [message for message in found if message["type"] == "refused"]
+            refused += [found[-1]] if found[-1]["type"] == "refused" else []
+        script.gate.set()
+        while found[-1]["type"] != "done":
+            found.append(json.loads(first.recv(timeout=5)))
         assert [(m["id"], m["status"], m["error"]["code"]) for m in refused] == [
             ("a", 404, "unknown_id"),
             ("a", 409, "duplicate_id"),
