@@ -21,7 +21,8 @@ from infer.request import RequestError
 from infer.server.app import create_app
 from infer.server.codec import Codec
 from infer.server.config import ServerConfig
-from infer.server.engine import ModelInfo
+from infer.server.edge import EdgeConfig, edge
+from infer.server.engine import AtOnce, ModelInfo
 from infer.text import Detokenizer
 
 HERMES = (
@@ -63,7 +64,13 @@ class Script:
         self.running = 0
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncIterator[Event]:
         self.asked.append((self.tokenizer.decode(list(prompt), skip_special_tokens=False), params))
         if self.refuses:
@@ -78,7 +85,9 @@ class Script:
                 for at in range(0, len(tokens), self.step):
                     part = tokens[at : at + self.step]
                     told.append("".join(map(stream.push, part)))
-                    yield Event(1, place, told[-1], tuple(part))
+                    event = Event(1, place, told[-1], tuple(part))
+                    if at_once is None or (place, at) == (0, 0) or not at_once(event):
+                        yield event
                     while not self.gate.is_set():
                         await asyncio.sleep(0.005)
                 told.append(stream.flush())
@@ -107,7 +116,8 @@ class Played:
         self.app = create_app(self.engine, info, Codec(made, ChatTemplate(folder)), config or ServerConfig())
         self.errors: list[BaseException] = []
         self.app.state.server.failed = self.errors.append
-        settings = {"host": "127.0.0.1", "port": 0, "log_level": "error", "lifespan": "off", **options}
+        settings: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "log_level": "error", "lifespan": "off"}
+        settings |= {"http": edge(EdgeConfig()), **options}
         self._server = uvicorn.Server(uvicorn.Config(self.app, **settings))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 

@@ -27,7 +27,7 @@ from infer.scheduler import Stats
 from infer.server.app import create_app
 from infer.server.codec import Codec
 from infer.server.config import ServerConfig
-from infer.server.engine import ModelInfo
+from infer.server.engine import AtOnce, ModelInfo
 from parallel.hf import save_model
 from parallel.mesh import Mesh
 from parallel.models.build import Build
@@ -92,7 +92,13 @@ class Local:
         self.aio = AsyncEngine(llm.engine)
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncIterator[Event]:
         self.salts.append(salt)
         return self.aio.stream(prompt, params, priority=priority, salt=salt)

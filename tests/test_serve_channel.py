@@ -117,7 +117,7 @@ def test_who_does_not_know_the_key_is_not_heard(tmp_path: Path) -> None:
     [
         b"\x00" * 200,
         pickle.dumps({"a": 1}) * 9,
-        b"lockstep serve 2" + b"n" * 32 + b"\xff" * 4 + b"m" * 16,
+        b"lockstep serve 3" + b"n" * 32 + b"\xff" * 4 + b"m" * 16,
         b"GET / HTTP/1.1\r\n\r\n" * 9,
     ],
     ids=["zeros", "pickle", "giant frame", "http"],
@@ -282,7 +282,7 @@ def test_another_model_or_version_is_refused(folders: dict[str, Path], tmp_path:
 
 def test_events_that_wait_are_taken_as_one_and_none_is_lost() -> None:
     async def main() -> None:
-        mail, error = _Mail(), EngineGone("gone")
+        mail, error = _Mail(None), EngineGone("gone")
         logprob = TokenLogProb(1, -0.5, ())
         one = [Event(3, 0, "a", (1,), (logprob,)), Event(3, 0, "", (2,), ()), Event(3, 0, "bc", (3, 4), (logprob,))]
         other = [Event(3, 1, "x", (5,)), Event(3, 0, "d", (6,), (), "stop"), Event(3, 0, "never after the end", (7,))]
@@ -298,5 +298,51 @@ def test_events_that_wait_are_taken_as_one_and_none_is_lost() -> None:
         assert await mail.take() is other[1]
         assert await mail.take() is other[2]
         assert await mail.take() is error
+
+    together(main)
+
+
+def test_events_that_are_waited_for_are_dealt_with_at_once_and_in_order() -> None:
+    async def main() -> None:
+        takes, taken, got = True, list[str](), list[str]()
+
+        def at_once(event: Event) -> bool:
+            if event.text == "bad":
+                raise ValueError("bad")
+            if takes:
+                taken.append(event.text)
+            return takes
+
+        mail = _Mail(at_once)
+
+        async def reader() -> None:
+            while True:
+                event = await mail.take()
+                if isinstance(event, BaseException):
+                    raise event
+                got.append(event.text)
+
+        task = asyncio.create_task(reader())
+        await asyncio.sleep(0)
+        for text in ("first", "behind it"):  # the first is always given, and so is what comes before it was taken
+            mail.put(Event(1, 0, text, (1,)))
+        await asyncio.sleep(0)
+        assert (got, taken) == (["firstbehind it"], []) or (got, taken) == (["first", "behind it"], [])
+        mail.put(Event(1, 0, "a", (1,)))
+        mail.put(Event(1, 0, "b", (1,)))
+        assert taken == ["a", "b"]
+        takes = False
+        mail.put(Event(1, 0, "c", (1,)))
+        takes = True
+        mail.put(Event(1, 0, "d", (1,)))  # "c" is before it
+        assert taken == ["a", "b"]
+        await asyncio.sleep(0)
+        assert "".join(got) == "firstbehind itcd"
+        await asyncio.sleep(0)
+        mail.put(Event(1, 0, "bad", (1,)))
+        with pytest.raises(ValueError, match="bad"):
+            await task
+        mail.put(Event(1, 0, "nobody waits", (1,)))
+        assert taken == ["a", "b"]
 
     together(main)

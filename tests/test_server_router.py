@@ -12,7 +12,7 @@ from infer.audit import Stats
 from infer.completion import Event
 from infer.params import SamplingParams
 from infer.request import RequestError
-from infer.server.engine import EngineGone
+from infer.server.engine import AtOnce, EngineGone
 from infer.server.router import Router
 
 PARAMS = SamplingParams(max_tokens=4)
@@ -34,7 +34,13 @@ class Fake:
     open: int = 0
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncGenerator[Event, None]:
         self.got.append(list(prompt))
         self.open += 1

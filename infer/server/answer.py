@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from infer.params import SamplingParams
-from infer.server.engine import ServedEngine
+from infer.server.engine import AtOnce, ServedEngine
 from infer.server.errors import ApiError
 from infer.server.exchange import Exchange
 from infer.server.flight import Ended
@@ -198,9 +198,13 @@ async def answer(server: Server, exchange: Exchange, work: Work, form: Form, *, 
     tokens = [len(prompt) for prompt in work.prompts]
     try:
         with server.admission.seat(tokens, work.param) as seat:
-            source = _merged(server.engine, work, exchange.salt)
-            async with server.flight(exchange) as flight, aclosing(source) as events:
-                async for place, event in events:
+            alone = len(work.prompts) == 1
+            merged = _merged(server.engine, work, exchange.salt)
+            single = _events(server.engine, work, 0, exchange.salt, telling.at_once)
+            source: AsyncGenerator[Any, None] = single if alone else merged
+            async with server.flight(exchange) as flight, aclosing(source) as given:
+                async for one in given:
+                    place, event = (0, one) if alone else one
                     seat.begun(place)
                     flight.begun()
                     await telling.take(place, event)
@@ -225,11 +229,20 @@ class _Telling:
         self.metrics, self.exchange, self.form, self.tally, self.stream = server.metrics, exchange, form, tally, stream
         self._opened: set[int] = set()
 
+    def at_once(self, event: Event) -> bool:
+        """As :meth:`take`, of the only prompt, where nothing has to be waited for; otherwise False, and nothing."""
+        if event.finish_reason is not None or event.completion is not None:
+            return False
+        if self.stream and not (self._opened and self.exchange.flows):
+            return False
+        self._note(0, event)
+        if self.stream:
+            chunks = [self.form.chunk(choice) for choice in self.form.pieces(0, event)]
+            self.exchange.pour(chunks, named=self.form.named)
+        return True
+
     async def take(self, place: int, event: Event) -> None:
-        self._measure(place, event)
-        self.tally.take(place, event)
-        if event.choice < self.tally.work.n:
-            self.form.take(place, event)
+        self._note(place, event)
         if event.finish_reason == "error":
             raise ApiError(500, "the model failed on this prompt", code="generation_failed")
         if self.stream:
@@ -269,6 +282,12 @@ class _Telling:
             for choice in self.form.opening(place):
                 await self._tell(choice)
 
+    def _note(self, place: int, event: Event) -> None:
+        self._measure(place, event)
+        self.tally.take(place, event)
+        if event.choice < self.tally.work.n:
+            self.form.take(place, event)
+
     def _measure(self, place: int, event: Event) -> None:
         if event.choice >= self.tally.work.n or not event.tokens:
             return
@@ -283,11 +302,6 @@ class _Telling:
 
 async def _merged(engine: ServedEngine, work: Work, salt: bytes) -> AsyncGenerator[tuple[int, Event], None]:
     """The events of all prompts, with their places, as they come."""
-    if len(work.prompts) == 1:
-        async with aclosing(_events(engine, work, 0, salt)) as events:
-            async for event in events:
-                yield 0, event
-        return
     queue = asyncio.Queue[tuple[int, "Event | BaseException | None"]]()
 
     async def pump(place: int) -> None:
@@ -316,7 +330,8 @@ async def _merged(engine: ServedEngine, work: Work, salt: bytes) -> AsyncGenerat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _events(engine: ServedEngine, work: Work, place: int, salt: bytes) -> AsyncGenerator[Event, None]:
-    return cast(
-        "AsyncGenerator[Event, None]", engine.stream(work.prompts[place], work.params[place], priority=0, salt=salt)
-    )
+def _events(
+    engine: ServedEngine, work: Work, place: int, salt: bytes, at_once: AtOnce | None = None
+) -> AsyncGenerator[Event, None]:
+    events = engine.stream(work.prompts[place], work.params[place], priority=0, salt=salt, at_once=at_once)
+    return cast("AsyncGenerator[Event, None]", events)

@@ -11,7 +11,7 @@ from infer.completion import Event
 from infer.params import SamplingParams
 from infer.request import RequestError
 from infer.scheduler import Stats
-from infer.server.engine import EngineGone
+from infer.server.engine import AtOnce, EngineGone
 from infer.server.wire import (
     Abort,
     Add,
@@ -36,20 +36,28 @@ _FIRST = -(1 << 30)
 
 class _Mail:
     """Events of one request. Those that have come before they are asked for are taken as one, where that says the same:
-    a process that is behind does not fall further behind."""
+    a process that is behind does not fall further behind. Those that are waited for may be dealt with at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: AtOnce | None) -> None:
+        self._at_once, self._begun = at_once, False
         self._events: deque[Event | BaseException] = deque()
-        self._come = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: Event | BaseException) -> None:
+        if self._waiter is not None and not self._waiter.done():  # so there is nothing before it
+            try:
+                if self._begun and self._at_once is not None and isinstance(event, Event) and self._at_once(event):
+                    return
+            except Exception as error:  # noqa: BLE001 - it belongs to who waits
+                event = error
+            self._waiter.set_result(None)
+        self._begun = True
         self._events.append(event)
-        self._come.set()
 
     async def take(self) -> Event | BaseException:
-        while not self._events:
-            self._come.clear()
-            await self._come.wait()
+        if not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         first = self._events.popleft()
         if not isinstance(first, Event):
             return first
@@ -127,9 +135,17 @@ class RemoteEngine:
         return self.hello
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Continue a prompt, piece by piece; the last event has the whole. Whoever stops listening ends the request.
+
+        Arguments are those of :class:`~infer.server.engine.ServedEngine`.
 
         Raises:
             RequestError: it cannot be continued, with every reason.
@@ -139,7 +155,7 @@ class RemoteEngine:
         if channel is None or self.hello is None:
             raise EngineGone("the engine is not there")
         self._next += 1
-        number, events = self._next, _Mail()
+        number, events = self._next, _Mail(at_once)
         self._streams[number] = events
         over = False
         try:
@@ -221,16 +237,17 @@ class RemoteEngine:
             self._there.set()
         elif isinstance(message, Told):
             self._stats = message.stats
+        elif isinstance(message, Given):
+            for event in message.events:
+                if (mail := self._streams.get(event.id)) is not None:
+                    mail.put(event)
         elif (done := self._embedding.get(message.number)) is not None:
             if not done.done() and isinstance(message, Vectors):
                 done.set_result(message.values)
             elif not done.done() and isinstance(message, Refused):
                 done.set_exception(RequestError(message.problems))
-        elif (events := self._streams.get(message.number)) is not None:
-            if isinstance(message, Given):
-                events.put(message.event._replace(id=message.number))
-            elif isinstance(message, Refused):
-                events.put(RequestError(message.problems))
+        elif (mail := self._streams.get(message.number)) is not None and isinstance(message, Refused):
+            mail.put(RequestError(message.problems))
 
     def _lost(self, reason: str) -> None:
         if self._channel is not None:

@@ -11,12 +11,14 @@ import random
 import re
 import resource
 import socket
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import h11
 from h11._receivebuffer import ReceiveBuffer
+from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from infer.server.errors import ApiError
@@ -149,6 +151,8 @@ def _framing(head: bytearray) -> str | None:
 class _Connection(h11.Connection):
     """h11 with a strict head; ``refused`` is the status that what it could not read deserves."""
 
+    _writer: object  # of the answer that is being sent
+
     def __init__(self, limits: EdgeConfig) -> None:
         super().__init__(h11.SERVER, limits.header_bytes)
         self._receive_buffer = self._head = _Head(limits)
@@ -186,7 +190,7 @@ class _Line:
 
 
 class _Edge(H11Protocol):
-    """One connection.
+    """One connection, of which a request finds a weak reference as ``line`` in the state of its scope.
 
     Attributes:
         limits: of each.
@@ -200,6 +204,7 @@ class _Edge(H11Protocol):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.conn = _Connection(self.limits)
+        self.app_state = {**self.app_state, "line": weakref.ref(self)}
         self.timeout_keep_alive = self.limits.idle_s  # type: ignore[assignment]
         self.lingers = False
         self._timer: asyncio.TimerHandle | None = None
@@ -231,6 +236,17 @@ class _Edge(H11Protocol):
             return
         super().data_received(data)
         self._settle()
+
+    @property
+    def flows(self) -> bool:
+        """Whether an answer is being sent in chunks, and its client is not behind: then :meth:`chunk` will do."""
+        sends = self.conn.our_state is h11.SEND_BODY and isinstance(self.conn._writer, ChunkedWriter)
+        return sends and not self.flow.write_paused
+
+    def chunk(self, data: bytes) -> None:
+        """Send a part of the answer, without the layers in between."""
+        if data:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest of this one."""

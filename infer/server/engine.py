@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # these import torch, which a process that only answers clien
     from infer.completion import Event
     from infer.scheduler import Stats
 
-__all__ = ["Embeds", "EngineGone", "ModelInfo", "ServedEngine"]
+__all__ = ["AtOnce", "Embeds", "EngineGone", "ModelInfo", "ServedEngine"]
+
+AtOnce = Callable[["Event"], bool]
+"""Deals with an event without waiting for anything, or returns False and does nothing."""
 
 
 class EngineGone(LockstepError):
@@ -24,9 +27,20 @@ class ServedEngine(Protocol):
     """Continues prompts; in this process or in another one."""
 
     def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncIterator[Event]:
         """Continue a prompt, piece by piece; the last event has the whole. Closing the iterator ends the request.
+
+        Args:
+            prompt, params, priority, salt: of :meth:`infer.engine.Engine.add`.
+            at_once: may be called, on the event loop, with an event that is not the first, while the iterator is being
+                waited for; one for which it returns True is not given by the iterator.
 
         Raises:
             RequestError: it cannot be continued, with every reason; before the first event.

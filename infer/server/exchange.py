@@ -86,6 +86,7 @@ class Exchange:
         self.names: dict[str, str] = {}
         self.failing: Callable[[ApiError], Iterable[dict[str, Any]]] = lambda error: (error.body(),)
         self._send, self._write_s = send, write_s
+        self._line: Callable[[], Any] = scope.get("state", {}).get("line", _no_line)
         self._headers = {"x-request-id": id, "cache-control": "no-store"}
 
     @property
@@ -168,9 +169,18 @@ class Exchange:
             kind = {**self._headers, "content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"}
             headers = [(name.encode(), text.encode()) for name, text in kind.items()]
             await self.write({"type": "http.response.start", "status": 200, "headers": headers})
-        name = b"event: %b\n" % value["type"].encode() if named else b""
-        body = b"%bdata: %b\n\n" % (name, encode(value))
+        body = _event(value, named)
         await self.write({"type": "http.response.body", "body": body, "more_body": True})
+
+    @property
+    def flows(self) -> bool:
+        """Whether :meth:`pour` will do."""
+        line = self._line()
+        return line is not None and line.flows
+
+    def pour(self, values: Iterable[Any], *, named: bool = False) -> None:
+        """Answer with some events more, at once; the answer has begun, and :attr:`flows`."""
+        self._line().chunk(b"".join(_event(value, named) for value in values))
 
     async def done(self, *, mark: bool = True) -> None:
         """No event follows, which a last one says if there is a mark."""
@@ -185,6 +195,15 @@ class Exchange:
             return
         self.status = error.status
         await send_error(self.write, error, self._headers)
+
+
+def _event(value: Any, named: bool) -> bytes:
+    name = b"event: %b\n" % value["type"].encode() if named else b""
+    return b"%bdata: %b\n\n" % (name, encode(value))
+
+
+def _no_line() -> None:
+    """The HTTP server is not ours (``infer/server/edge.py``)."""
 
 
 def _too_large(most: int) -> ApiError:

@@ -14,7 +14,7 @@ from operator import add
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from infer.params import SamplingParams
-from infer.server.engine import EngineGone, ServedEngine
+from infer.server.engine import AtOnce, EngineGone, ServedEngine
 
 if TYPE_CHECKING:  # these import torch, which a process that only answers clients does not need
     from infer.completion import Event
@@ -93,7 +93,13 @@ class Router:
         self._turn = 0
 
     async def stream(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        at_once: AtOnce | None = None,
     ) -> AsyncGenerator[Event, None]:
         """As :class:`~infer.server.engine.ServedEngine`.
 
@@ -108,7 +114,8 @@ class Router:
             tried.add(index)
             begun = False
             try:
-                async with aclosing(self._on(index, prompt, params, blocks, priority, salt)) as events:
+                given = {"priority": priority, "salt": salt, "at_once": at_once}
+                async with aclosing(self._on(index, prompt, params, blocks, given)) as events:
                     async for event in events:
                         begun = True
                         yield event
@@ -172,8 +179,7 @@ class Router:
         prompt: Sequence[int],
         params: SamplingParams,
         blocks: Sequence[bytes],
-        priority: int,
-        salt: bytes,
+        given: dict[str, Any],
     ) -> AsyncGenerator[Event, None]:
         """On this engine, with the accounts of what it has to do."""
         place = self._places[index]
@@ -181,7 +187,7 @@ class Router:
         self._remember(index, blocks)
         place.waiting += new
         waits = True
-        stream = place.engine.stream(prompt, params, priority=priority, salt=salt)
+        stream = place.engine.stream(prompt, params, **given)
         try:
             async with aclosing(cast("AsyncGenerator[Event, None]", stream)) as events:
                 async for event in events:
