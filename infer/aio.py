@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -119,7 +120,7 @@ class AsyncEngine:
                 stream.id = self.engine.add(prompt, params, **options)
                 self._streams[stream.id] = stream
             except BaseException as error:  # noqa: BLE001 - it belongs to whoever asked
-                stream.loop.call_soon_threadsafe(stream.give, error)
+                _later(stream.loop, stream.give, error)
 
         def abort() -> None:
             if self._streams.pop(stream.id, None) is not None:
@@ -156,7 +157,7 @@ class AsyncEngine:
         done: asyncio.Future[list[list[float]]] = loop.create_future()
 
         def tell(result: Any) -> None:
-            loop.call_soon_threadsafe(_refuse if isinstance(result, BaseException) else _resolve, done, result)
+            _later(loop, _refuse if isinstance(result, BaseException) else _resolve, done, result)
 
         call = Call(documents, tell)
         self._order(lambda: self._gather.add(call, urgent=urgent))
@@ -226,7 +227,7 @@ class AsyncEngine:
             if event.completion is not None:
                 self._streams.pop(event.id, None)
         for loop, own in told.items():
-            loop.call_soon_threadsafe(_give, own)
+            _later(loop, _give, own)
 
     def _run(self) -> None:
         end: BaseException = RuntimeError("the engine was closed")
@@ -244,12 +245,18 @@ class AsyncEngine:
         """Tell everybody, also those whose orders nobody has looked at."""
         self._failed = error
         for stream in self._streams.values():
-            stream.loop.call_soon_threadsafe(stream.give, error)
+            _later(stream.loop, stream.give, error)
         self._streams.clear()
         while not self._orders.empty():
             if order := self._orders.get():
                 order()
         self._gather.fail(error)
+
+
+def _later(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
+    """Have it called on a loop, unless that was closed: then nobody waits any more."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def _give(told: Sequence[tuple[_Stream, Event]]) -> None:

@@ -339,6 +339,11 @@ def test_events_that_are_waited_for_are_dealt_with_at_once_and_in_order() -> Non
         await asyncio.sleep(0)
         assert "".join(got) == "firstbehind itcd"
         await asyncio.sleep(0)
+        mail.put(Event(1, 0, "e", (1,)), behind=True)
+        mail.put(Event(1, 0, "f", (1,)))
+        await asyncio.sleep(0)
+        assert taken == ["a", "b"] and got[-1] == "ef"
+        await asyncio.sleep(0)
         mail.put(Event(1, 0, "bad", (1,)))
         with pytest.raises(ValueError, match="bad"):
             await task

@@ -4,7 +4,8 @@
  * SPLIT, each with its own running maximum; splits are merged from the first to the last. So the bits of a row do not
  * depend on other rows, on how its request was cut into chunks, on the page size or on the number of threads.
  *
- * Computed in float, or with -DWIDE in double; bfloat16 pages are read as they are. The vectors are the compiler's, so one text serves every processor. */
+ * Computed in float, or with -DWIDE in double; bfloat16 pages are read as they are. The vectors are the compiler's, so
+ * one text serves every processor. */
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>

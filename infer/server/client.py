@@ -35,18 +35,20 @@ _FIRST = -(1 << 30)
 
 
 class _Mail:
-    """Events of one request. Those that have come before they are asked for are taken as one, where that says the same:
-    a process that is behind does not fall further behind. Those that are waited for may be dealt with at once."""
+    """Events of one request. Those that are waited for may be dealt with at once; those that have come before they are
+    asked for are taken as one, where that says the same: a process that is behind does not fall further behind."""
 
     def __init__(self, at_once: AtOnce | None) -> None:
         self._at_once, self._begun = at_once, False
         self._events: deque[Event | BaseException] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, event: Event | BaseException) -> None:
+    def put(self, event: Event | BaseException, *, behind: bool = False) -> None:
+        """One more; ``behind``: others have come that are not looked at yet."""
         if self._waiter is not None and not self._waiter.done():  # so there is nothing before it
+            at_once = None if behind or not self._begun else self._at_once
             try:
-                if self._begun and self._at_once is not None and isinstance(event, Event) and self._at_once(event):
+                if at_once is not None and isinstance(event, Event) and at_once(event):
                     return
             except Exception as error:  # noqa: BLE001 - it belongs to who waits
                 event = error
@@ -238,9 +240,10 @@ class RemoteEngine:
         elif isinstance(message, Told):
             self._stats = message.stats
         elif isinstance(message, Given):
+            behind = self._channel is not None and self._channel.behind
             for event in message.events:
                 if (mail := self._streams.get(event.id)) is not None:
-                    mail.put(event)
+                    mail.put(event, behind=behind)
         elif (done := self._embedding.get(message.number)) is not None:
             if not done.done() and isinstance(message, Vectors):
                 done.set_result(message.values)

@@ -250,6 +250,11 @@ class Channel:
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
 
+    @property
+    def behind(self) -> bool:
+        """Whether more has come than was received."""
+        return bool(self._arrived or self._reader._buffer)  # type: ignore[attr-defined]
+
     async def receive(self) -> bytes:
         """The next message.
 
