@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -292,3 +294,14 @@ def test_finalize_gradients_sums_only_what_is_partial(ranks: Ranks) -> None:
     for rank, grads in enumerate(ranks.run(finalize_by_hand, world=4)):
         own = [10.0**rank]
         assert grads == [own, own, own, [1111.0], own]
+
+
+def test_memory_for_a_model_is_had_without_importing_sympy() -> None:
+    """Which takes as long as all else that a small model needs to be loaded."""
+    code = (
+        "import sys; from parallel.mesh import Mesh; from parallel.models.build import Build;"
+        "from parallel.models.config import DecoderConfig; from parallel.models.decoder import build_model;"
+        "model = build_model(DecoderConfig(vocabulary=8, hidden=8, heads=2, layers=1), Build(mesh=Mesh.single()));"
+        "assert not any(p.is_meta for p in model.parameters()); sys.exit('sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

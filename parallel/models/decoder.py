@@ -14,7 +14,7 @@ from parallel.models.build import Build
 from parallel.models.config import DecoderConfig
 from parallel.models.rope import angles
 from parallel.pp.partition import Cut, partition
-from parallel.shard import Shard, initialize
+from parallel.shard import Shard, allocate, initialize
 from parallel.sp import local_tokens
 from parallel.tp import LossSum, ParallelLMHead, VocabParallelEmbedding
 
@@ -147,7 +147,7 @@ def empty_model(config: DecoderConfig, build: Build) -> Decoder:
         ConfigError: the model cannot be, or the layout cannot share it.
     """
     refuse(ConfigError, [*config.problems(), *config.layout_problems(build.mesh.tp.size)])
-    model = Decoder(config.resolved(), build).to_empty(device=build.mesh.device)
+    model = allocate(Decoder(config.resolved(), build), build.mesh.device)
     model.tie()
     return model
 

@@ -17,7 +17,7 @@ from parallel.models.block import MLP, Attention, Dropout, norm
 from parallel.models.build import Build, PackedAttention
 from parallel.models.config import DecoderConfig
 from parallel.models.encoder_config import EncoderConfig
-from parallel.shard import Shard, initialize
+from parallel.shard import Shard, allocate, initialize
 from parallel.sp import gather_tokens, local_tokens
 from parallel.tp import VocabParallelEmbedding
 
@@ -187,7 +187,7 @@ def empty_encoder(config: EncoderConfig, build: Build) -> Encoder:
     """
     refuse(ConfigError, _problems(config, build))
     refuse(ConfigError, config.layout_problems(build.mesh.tp.size))
-    return Encoder(config.resolved(), build).to_empty(device=build.mesh.device)
+    return allocate(Encoder(config.resolved(), build), build.mesh.device)
 
 
 def build_encoder(config: EncoderConfig, build: Build, seed: int = 0) -> Encoder:
