@@ -47,7 +47,7 @@ def pack(
         tokens_T[sources_D >= 0] = NO_TOKEN
     requests, lists = decoding.requests.copy(), decoding.tokens.copy()
     if not chunks:
-        bounds = np.arange(count + 1)
+        bounds = rows.counting[: count + 1]
         return Step(
             number, requests, count, count, rows_R, starts_R, starts_R + 1, bounds, tokens_T, starts_R, sources_D, moves
         ), lists
@@ -57,7 +57,7 @@ def pack(
     stops = np.array([chunk.stop for chunk in ordered], np.int64)
     pieces = [np.array(chunk.request.tokens[chunk.start : chunk.stop], np.int64) for chunk in ordered]
     places = [np.arange(chunk.start, chunk.stop) for chunk in ordered]
-    bounds = np.concatenate([np.arange(count + 1), count + np.cumsum(stops - starts)])
+    bounds = np.concatenate([rows.counting[: count + 1], count + np.cumsum(stops - starts)])
     step = Step(
         number,
         requests + [chunk.request for chunk in ordered],

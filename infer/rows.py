@@ -29,6 +29,7 @@ class Rows:
         serial: grows whenever the row changes hands.
         given_by: number of the last step that samples for the row.
         given_at: which run of that step.
+        counting: 0, 1, 2, ...; nobody writes there.
         left: for each group, pages that the row may still claim of those reserved.
         first: for each group, the first page that it holds.
         tables: for each group (capacity, width): page ids; :data:`NO_PAGE` where there is none.
@@ -39,6 +40,7 @@ class Rows:
         self.free = list(range(capacity - 1, -1, -1))
         self.computed, self.room, self.final, self.goal = (np.zeros(capacity, np.int64) for _ in range(4))
         self.last, self.serial, self.given_by, self.given_at = (np.zeros(capacity, np.int64) for _ in range(4))
+        self.counting = np.arange(capacity + 1)
         self.left = [np.zeros(capacity, np.int64) for _ in range(groups)]
         self.first = [np.zeros(capacity, np.int64) for _ in range(groups)]
         self.tables = [np.full((capacity, 64), NO_PAGE, np.int32) for _ in range(groups)]

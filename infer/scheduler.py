@@ -165,10 +165,13 @@ class Scheduler:
         same = self.running.rows.serial[rows] == serials
         if flight.plain and (not len(tokens) or tokens.min() >= 0):
             deque(map(list.append, flight.tokens, tokens.tolist()), maxlen=0)
-            self.running.rows.last[rows[same]] = tokens[same]
-            for run in np.flatnonzero(~same).tolist():
-                if step.requests[run].life is Life.FINISHED:
-                    step.requests[run].tokens.pop()
+            if same.all():
+                self.running.rows.last[rows] = tokens
+            else:
+                self.running.rows.last[rows[same]] = tokens[same]
+                for run in np.flatnonzero(~same).tolist():
+                    if step.requests[run].life is Life.FINISHED:
+                        step.requests[run].tokens.pop()
         else:
             self._commit_each(step, tokens, same)
         for run in range(step.decoding, len(step.requests)):
@@ -331,12 +334,12 @@ class Scheduler:
         rows.computed[step.rows_R] = step.stops_R
         sampling = step.rows_R[: step.samples]
         rows.given_by[sampling] = step.number
-        rows.given_at[sampling] = np.arange(step.samples)
+        rows.given_at[sampling] = rows.counting[: step.samples]
         for request in step.requests[step.decoding : step.samples]:
             running.settle(request)
             running.decode(request)
         done = step.stops_R[: step.samples] >= rows.final[sampling]
-        for run in np.flatnonzero(done).tolist():
+        for run in done.nonzero()[0].tolist():
             running.leave_step(step.requests[run])
         if not running.externals:
             return True
